@@ -3,22 +3,23 @@
 The first line is the SHA-256 of the second line, which is the JSON.
 """
 
-import hashlib
 import json
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dpo_core.system import remove, write_atomic
+from dpo_core.system import digest_text, remove, write_atomic
 
 log = logging.getLogger("dpo")
 
 
 def write_checked(path: Path, value: Any) -> None:
-    """Write JSON with its checksum, completely or not at all."""
+    """Write JSON with its checksum, completely or not at all; creates the folder."""
     text = json.dumps(value)
-    write_atomic(path, f"{_digest(text)}\n{text}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, f"{digest_text(text)}\n{text}")
 
 
 def read_checked(path: Path, consequence: str, *, keep: bool = False) -> Any | None:
@@ -30,8 +31,10 @@ def read_checked(path: Path, consequence: str, *, keep: bool = False) -> Any | N
     """
     try:
         digest, _, text = path.read_text(encoding="utf-8").partition("\n")
-        if digest != _digest(text):
+        if digest != digest_text(text):
             raise ValueError("its checksum does not match")
+        with suppress(OSError):
+            os.utime(path)  # `dpo gc` removes cached files that nothing has read for long
         return json.loads(text)
     except FileNotFoundError:
         return None
@@ -41,7 +44,3 @@ def read_checked(path: Path, consequence: str, *, keep: bool = False) -> Any | N
             with suppress(OSError):
                 remove(path)
         return None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -139,10 +139,7 @@ def _report(work: Path, error: Exception) -> None:
             "exit_code": error.exit_code,
             "resumable": not isinstance(error, NeedsNewSettings),
         }
-        # Ranks may fail at the same moment: each writes a file of its own and renames it.
-        temporary = work / f"{ERROR}.{rank}.tmp"
-        temporary.write_text(json.dumps(facts))
-        os.replace(temporary, work / ERROR)
+        write_atomic(work / ERROR, json.dumps(facts))
 
 
 if __name__ == "__main__":

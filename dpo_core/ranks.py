@@ -5,10 +5,8 @@ with another number of ranks, therefore computes only what is missing. Ranks exc
 rank delays the others only at the end of a map. The result of a unit does not depend on its rank.
 """
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
@@ -18,6 +16,7 @@ from typing import Any, TypeVar
 
 from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import StageFailed
+from dpo_core.system import digest_text, write_atomic
 
 log = logging.getLogger("dpo")
 
@@ -111,7 +110,7 @@ class JobRanks(SingleRank):
     ) -> list[Any]:
         units = list(units)
         self._maps += 1
-        digest = hashlib.sha256(repr(units).encode()).hexdigest()[:12]
+        digest = digest_text(repr(units))[:12]
         parts = _Parts(self.work / PARTS / f"{self._maps:03d}-{name}-{digest}")
         if sizes:
             # Only its own units: another rank may have saved some already, and counts them itself.
@@ -148,9 +147,7 @@ class JobRanks(SingleRank):
 
     def _write_progress(self, done: int) -> None:
         path = self.work / PROGRESS.format(rank=self.rank)
-        temporary = path.with_name(f"new-{path.name}")  # a reader must not see an incomplete number
-        temporary.write_text(str(done))
-        os.replace(temporary, path)
+        write_atomic(path, str(done), durable=False)  # a reader must not see an incomplete number
 
     def wait_until(self, complete: Callable[[], bool]) -> None:
         pause = 0.02

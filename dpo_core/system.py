@@ -1,18 +1,23 @@
-"""Operating system helpers: atomic writes, file digests, processes, modules of a package."""
+"""Operating system helpers: atomic writes, digests, processes, modules of a package."""
 
 import ctypes
 import errno
 import hashlib
 import importlib
+import json
 import os
 import pkgutil
 import shutil
 import signal
 import stat
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
+from pydantic import BaseModel
 
 MAX_BYTES = 2**20
 """Size limit of `read_small`. Recipes have a few kB, the longest known chat template about 20 kB."""
@@ -33,16 +38,57 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file completely or not at all, even if the machine loses power or the disk fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a text file completely or not at all.
+
+    Args:
+        durable: even if the machine loses power or the disk fails.
+    """
+    # On other nodes there may be processes of the same number.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_text(text, encoding="utf-8")
-        sync(temporary)  # otherwise the new name may reach the disk before the content, leaving an empty file
+        if durable:  # otherwise the new name may reach the disk before the content, leaving an empty file
+            sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value: keys sorted, spacing fixed.
+
+    Takes a pydantic model, or dicts, lists, strings, numbers, booleans, None and paths.
+
+    Raises:
+        TypeError: a value has no JSON form.
+        ValueError: a number is NaN or infinite.
+    """
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, BaseModel):
+            return part.model_dump(mode="json")
+        if isinstance(part, os.PathLike):
+            return os.fspath(part)
+        raise TypeError(f"a {type(part).__name__} cannot be part of a digest")
+
+    return digest_text(
+        json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
+        )
+    )
+
+
+def digest_listed(files: Mapping[str, Path]) -> str:
+    """SHA-256 of files with their names, in the order given."""
+    return digest_text("".join(f"{name}\0{digest_file(path)}\n" for name, path in files.items()))
 
 
 def remove(path: Path) -> None:

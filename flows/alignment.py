@@ -10,7 +10,7 @@ from deploy.launchers import Cluster
 from flows.preparation import Prepared, RecordResult, prepare
 from flows.run_lifecycle import run_with_record
 from flows.train_policies import train_policies
-from tasks.promotion.champion import Champion, find_champion
+from tasks.promotion.model_source import Champion, find_champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport

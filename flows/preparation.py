@@ -9,7 +9,7 @@ from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import with_date
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import no_agreement
-from tasks.promotion.champion import find_champion
+from tasks.promotion.model_source import find_champion
 from tasks.recipe.policies import is_external
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts

@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import redact
+from dpo_core.temporary import this_process
 from flows.process.environment import hide_secrets_in_logs
 from tasks.preflight import check_before_run
 from tasks.promotion.model_source import pinned_name
@@ -22,7 +23,6 @@ from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, new_
 from tasks.signals import stop_of_process
 from tasks.stages.base import Context
 from tasks.store.files import open_workspace
-from tasks.store.owner import this_process
 from tasks.store.store import Store
 from tasks.tracking.tracker import Tracker
 

@@ -23,8 +23,8 @@ from tasks.runs.recipe import model_names, require_same_recipe, with_models
 from tasks.runs.record import find_run, list_runs
 from tasks.stages.prepare_sft import check_demonstrations
 from tasks.store.files import open_workspace, require_writable
-from tasks.tracking.database import begin_writing
-from tasks.tracking.tracker import Tracker, resolve_uri
+from tasks.tracking.connection import begin_writing, resolve_uri
+from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 

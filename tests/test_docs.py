@@ -111,7 +111,7 @@ def test_a_wrong_link_anchor_command_and_option_are_found(tmp_path: Path) -> Non
     text = "[a](a.md#words-here) [b](b.md) [c](a.md#nowhere) [d](#top)\n# Top\n[e](#end) ![f](f.png)"
     assert _broken_links(text, tmp_path) == ["b.md", "a.md#nowhere", "#end", "f.png"]
     block = "```console\n$ dpo run x --sett a=1    # --none\n$ dpo walk\n$ dpo gc \\\n    --kept 3\n```\n"
-    text = block + "`dpo cache rm` `dpo ui`"
+    text = block + "`dpo config rm` `dpo ui`"
     assert [_unknown(line) for line in _commands(text)] == ["--sett", "walk", "--kept", "rm", None]
 
 

@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "flows/commands/doctor.py": "read by MLflow's client",
     "flows/process/environment.py": "read by libraries and by child processes",
     "flows/process/temporary_server.py": "read by Prefect's clients, also in the threads of tasks",
-    "tasks/tracking/tracker.py": "read by MLflow's client",
+    "tasks/tracking/connection.py": "read by MLflow's client",
 }
 """Modules that set variables of the environment, and who reads them."""
 

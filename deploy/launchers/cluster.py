@@ -1,6 +1,5 @@
 """`ClusterConfig`, the settings of every cluster, and what the launchers of clusters share."""
 
-import hashlib
 import logging
 import re
 import shutil
@@ -18,6 +17,7 @@ from deploy.launchers.base import Launcher, State, clear
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import SECRET_NAME
+from dpo_core.system import digest_text
 
 T = TypeVar("T")
 
@@ -194,7 +194,7 @@ def job_name(run: str, attempt: int) -> str:
     It is a DNS label of at most 48 characters, because Kubernetes appends up to 15 to make host names. The
     digest distinguishes jobs whose names differ only in characters that a label cannot contain.
     """
-    digest = hashlib.sha256(run.encode()).hexdigest()[:8]
+    digest = digest_text(run)[:8]
     readable = re.sub(r"[^a-z0-9]+", "-", run.lower())[:28].strip("-")
     return f"dpo-{readable}-{digest}-{attempt}" if readable else f"dpo-{digest}-{attempt}"
 

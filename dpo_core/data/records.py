@@ -3,7 +3,6 @@
 Bad rows are kept with a reason in `fault` and empty texts; the data gate counts them and decides.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_type_hints
@@ -16,6 +15,7 @@ from dpo_core.data.config import DataConfig, Format, SourceConfig
 from dpo_core.data.convert import Converter, faulty_record
 from dpo_core.data.files.read import names_splits, read_rows
 from dpo_core.data.layouts.fields import Kind, PairFields, PromptFields, Record, Unpaired
+from dpo_core.system import digest_text
 
 _TEXT = pa.large_string()
 _TYPES: dict[Any, Any] = {str: _TEXT, bool: pa.bool_(), float | None: pa.float64()}
@@ -73,7 +73,7 @@ def record_id(record: Record) -> str:
         content += f"\ntools {record.tools}"
     if not isinstance(record, PromptFields) and record.answer_chat:
         content += "\nchat answers"
-    return hashlib.sha256(content.encode()).hexdigest()
+    return digest_text(content)
 
 
 def to_frame(

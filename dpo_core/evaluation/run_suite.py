@@ -1,6 +1,5 @@
 """Runs a suite on a model, and recomputes its measures without contaminated items."""
 
-import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from dpo_core.evaluation.contamination import TrainingText
 from dpo_core.evaluation.results import MeasureSpec, SuiteResult, compute_measures
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.system import digest_file
+from dpo_core.system import digest_file, digest_text
 
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import ModelUnderTest
@@ -51,7 +50,7 @@ def data_file(suite: Suite, data: Path) -> Path:
 def data_digest(suite: Suite, file: Path) -> str:
     """sha256 of the suite's file, or of the digests of its files if there are several."""
     digests = [digest_file(path) for path in (file, *suite.extra_files(file))]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else digest_text("".join(digests))
 
 
 def run_suite(suite: Suite, subject: "ModelUnderTest", file: Path, config: SuiteConfig) -> SuiteResult:

@@ -8,8 +8,6 @@ would be wrong without notice. After a server moved, questions are asked again. 
 write at once; a damaged or edited file counts as missing.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from pydantic import Field
 from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
+from dpo_core.system import digest_json
 
 
 class Reply(Config):
@@ -33,7 +32,7 @@ class Reply(Config):
 
 def question_key(question: dict[str, Any]) -> str:
     """SHA-256 of a question's JSON, independent of the order of its fields."""
-    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+    return digest_json(question)
 
 
 class ReplyCache:
@@ -63,7 +62,6 @@ class ReplyCache:
             return
         path = _path(self.folder, key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, {"key": key, "reply": reply.model_dump()})
         except OSError as error:
             raise StageFailed(

@@ -1,6 +1,5 @@
 """Checks a checkpoint folder before anything is loaded: complete, safetensors only, no code from the hub."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.errors import ModelError
+from dpo_core.system import digest_listed
 
 LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -96,9 +96,5 @@ def tensor_headers(folder: Path) -> Iterator[tuple[str, str, int]]:
 
 def code_digest(folder: Path) -> str | None:
     """sha256 of the Python files that ship with a model; None if there are none."""
-    digest, files = hashlib.sha256(), sorted(folder.rglob("*.py")) if folder.is_dir() else []
-    for file in files:
-        digest.update(
-            f"{file.relative_to(folder)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
-        )
-    return digest.hexdigest() if files else None
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else []
+    return digest_listed({str(file.relative_to(folder)): file for file in files}) if files else None

@@ -5,10 +5,11 @@ by policies, references, reward models, caches and suites. All of them ask this 
 passed on. A checkpoint that training writes contains the same files, and a job file the trusted digests.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from dpo_core.system import digest_file
 
 _trusted: set[str] = set()
 
@@ -36,7 +37,7 @@ def is_trusted(folder: Path) -> bool:
 
 def _digests(folder: Path) -> list[str]:
     files = sorted(folder.rglob("*.py")) if folder.is_dir() else []
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return [digest_file(file) for file in files]
 
 
 def _names_other_repositories(folder: Path) -> bool:

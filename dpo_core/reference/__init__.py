@@ -4,14 +4,13 @@
 the three needs torch. `compute` fills a cache in one process, `logps` on all ranks of a job.
 """
 
-from dpo_core.reference.cache import ReferenceCache
-from dpo_core.reference.keys import reference_facts, reference_key, sequence_key
+from dpo_core.reference.cache import ReferenceCache, ReferenceFacts
+from dpo_core.reference.keys import sequence_key
 from dpo_core.reference.shard import LogpShard
 
 __all__ = [
     "LogpShard",
     "ReferenceCache",
-    "reference_facts",
-    "reference_key",
+    "ReferenceFacts",
     "sequence_key",
 ]

@@ -7,12 +7,8 @@
 Several processes may read and add at once: a shard has a unique name and is added by one rename.
 """
 
-import hashlib
 import logging
 import os
-import shutil
-import socket
-import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,31 +16,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.reference.shard import (
-    TEMPORARY,
     Ints,
     LogpShard,
-    copy_rows,
-    ends,
-    find,
     key_array,
     search,
     sort_order,
-    temporary_beside,
 )
-from dpo_core.system import process_start
+from dpo_core.system import digest_text, write_atomic
+from dpo_core.temporary import discard
 
 log = logging.getLogger(__name__)
 
 FACTS = "reference.json"
-# The process of a temporary file of another machine cannot be checked; it counts as dead after this time.
-_FOREIGN_SECONDS = 24 * 3600.0
+# Part of the key of every cache folder: raise it when the values of `compute` may change.
+DEFINITION_VERSION = 2
 
 
 class ReferenceFacts(Config):
@@ -56,7 +47,7 @@ class ReferenceFacts(Config):
     """fp32 or bf16."""
     attention: str
     """The attention implementation."""
-    definition_version: int
+    definition_version: int = DEFINITION_VERSION
     """Version of the log-prob definition."""
     model: str = ""
     """Description of the reference for people; not part of the key."""
@@ -66,8 +57,9 @@ class ReferenceFacts(Config):
     @property
     def key(self) -> str:
         """The name of the folder: a digest of everything that determines a log-prob, except the text."""
-        text = f"{self.weights_sha256}\0{self.precision}\0{self.attention}\0{self.definition_version}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_text(
+            f"{self.weights_sha256}\0{self.precision}\0{self.attention}\0{self.definition_version}"
+        )
 
 
 class ReferenceCache:
@@ -126,34 +118,17 @@ class ReferenceCache:
         Raises:
             StageFailed: the cache lacks a key.
         """
-        keys_K2 = key_array(keys)
-        keys_K2 = keys_K2.take(sort_order(keys_K2), axis=0)
-        first_occurrence = np.ones(len(keys_K2), bool)
-        first_occurrence[1:] = (keys_K2[1:] != keys_K2[:-1]).any(axis=1)
-        keys_K2 = keys_K2[first_occurrence]
         index_N2, shard_N, row_N = self._indexed()
-        at_K = find(index_N2, keys_K2)
+        at_K = search(index_N2, key_array(keys))
         if (at_K < 0).any():
             raise StageFailed(
                 f"{int((at_K < 0).sum())} reference log-probs are not in {self.folder}",
                 "Resume the run: what is missing is computed",
             )
-        return self._gather(keys_K2, shard_N[at_K], row_N[at_K])
-
-    def _gather(self, keys_K2: NDArray[np.uint64], shard_K: Ints, row_K: Ints) -> LogpShard:
-        counts_K = np.zeros(len(keys_K2), np.int64)
-        starts_K = np.zeros(len(keys_K2), np.int64)
-        by_shard = np.argsort(shard_K, kind="stable")
-        cuts = np.searchsorted(shard_K[by_shard], np.arange(1, len(self._shards)))
-        parts = list(zip(self.shards, np.split(by_shard, cuts), strict=False))  # no shards: one empty part
-        for shard, part in parts:
-            starts_K[part] = shard.offsets[row_K[part]]
-            counts_K[part] = shard.offsets[row_K[part] + 1] - starts_K[part]
-        offsets = ends(counts_K)
-        values = np.empty(int(offsets[-1]), np.float32)
-        for shard, part in parts:
-            copy_rows(shard.values, starts_K[part], counts_K[part], values, offsets[:-1][part])
-        return LogpShard(keys_K2, offsets, values)
+        shards = self.shards
+        return LogpShard.build(
+            {key: shards[shard_N[at]].tokens(int(row_N[at])) for key, at in zip(keys, at_K, strict=True)}
+        )
 
     def merge(self) -> int:
         """Rewrite all shards as one; the old ones are removed once it is saved. Returns their number."""
@@ -193,12 +168,12 @@ def read_facts(folder: Path) -> ReferenceFacts | None:
     return facts if facts.key == folder.name else None
 
 
-def last_used(folder: Path) -> datetime:
-    """When a stage last opened the cache, or added to it."""
+def last_used(folder: Path) -> float:
+    """When a stage last opened the cache, or added to it, in seconds since 1970."""
     times = [folder.stat().st_mtime]
     with suppress(OSError):
         times.append((folder / FACTS).stat().st_mtime)
-    return datetime.fromtimestamp(max(times), UTC)
+    return max(times)
 
 
 def _write_facts(folder: Path, facts: ReferenceFacts) -> None:
@@ -206,39 +181,6 @@ def _write_facts(folder: Path, facts: ReferenceFacts) -> None:
         os.utime(folder / FACTS)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(folder / FACTS)
-    temporary.write_text(facts.model_dump_json(indent=1))
-    if (folder / FACTS).is_dir():  # os.replace cannot replace a folder by a file
+    if (folder / FACTS).is_dir():  # a folder cannot be replaced by a file
         discard(folder / FACTS)
-    os.replace(temporary, folder / FACTS)
-
-
-def discard(path: Path) -> None:
-    """Remove a file or folder. It is renamed first, so that no process opens an incomplete one."""
-    hidden = temporary_beside(path)
-    with suppress(FileNotFoundError):
-        os.rename(path, hidden)
-    remove(hidden)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, folder or link, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of killed processes, without those of live ones."""
-    return [path for path in sorted(folder.glob(f"{TEMPORARY}*")) if not _has_owner(path)]
-
-
-def _has_owner(temporary: Path) -> bool:
-    try:
-        host, pid, born, _ = temporary.name.removeprefix(TEMPORARY).rsplit("+", 3)
-        if host != socket.gethostname():
-            return time.time() - temporary.stat().st_mtime < _FOREIGN_SECONDS
-        return process_start(int(pid)) == int(born)
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
-        return False
+    write_atomic(folder / FACTS, facts.model_dump_json(indent=1))

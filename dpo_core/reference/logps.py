@@ -18,9 +18,9 @@ from dpo_core.models.build import build
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import config_in, load_model
 from dpo_core.ranks import Ranks, SingleRank
-from dpo_core.reference.cache import ReferenceCache
+from dpo_core.reference.cache import ReferenceCache, ReferenceFacts
 from dpo_core.reference.compute import Buffer, compute
-from dpo_core.reference.keys import reference_facts, sequence_key
+from dpo_core.reference.keys import sequence_key
 from dpo_core.reference.shard import LogpShard
 from dpo_core.scoring.autocast import effective_precision
 from dpo_core.scoring.completion_scores import logprob_flops
@@ -83,7 +83,12 @@ def reference_logps(
     keys = list(by_key)
     attention = attention_of(reference.model)
     precision = effective_precision(reference.precision, resources.device)
-    facts = reference_facts(reference.weights_sha256, precision, attention, reference.described)
+    facts = ReferenceFacts(
+        weights_sha256=reference.weights_sha256,
+        precision=precision,
+        attention=attention,
+        model=reference.described,
+    )
     cache = ReferenceCache(resources.caches / facts.key, facts if ranks.rank == 0 else None)
     # Determined once: ranks that start later, or after a kill, must plan the same passes.
     (absent,) = ranks.map("missing", [len(keys)], lambda _: (~cache.has(keys)).nonzero()[0].tolist())

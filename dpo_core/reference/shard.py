@@ -8,9 +8,6 @@ keys are sorted first, so that the files are read from front to back.
 """
 
 import json
-import os
-import socket
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +17,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dpo_core.errors import StageFailed
-from dpo_core.system import digest_file, process_start
+from dpo_core.system import digest_file
+from dpo_core.temporary import new_folder
 
-TEMPORARY = "tmp-"
 _ARRAYS = ("keys", "offsets", "values")
 # Tokens processed at a time, so that intermediate arrays fit the processor's cache.
 _BLOCK_TOKENS = 1 << 18
 
 Ints = NDArray[np.int64]
-_REPAIR = "Run dpo cache verify --repair, then resume the run: what is missing is computed again"
+_REPAIR = "Resume the run: damaged shards are removed, and what is missing is computed again"
 
 
 @dataclass(frozen=True)
@@ -68,48 +65,28 @@ class LogpShard:
                 if digest_file(folder / f"{name}.npy") != facts["sha256"][name]:
                     raise StageFailed(f"{folder / name}.npy has changed since it was written", _REPAIR)
             shard = cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
-            fault = shard._fault(int(facts["entries"]), verify)
+            if shard.keys_N2.shape != (facts["entries"], 2) or len(shard.values) != facts["tokens"]:
+                raise ValueError(f"its arrays do not hold {facts['entries']} entries")
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             raise StageFailed(
                 f"the shard {folder} of reference log-probs is damaged ({error})", _REPAIR
             ) from error
-        if fault:
-            raise StageFailed(f"the shard {folder} of reference log-probs is damaged ({fault})", _REPAIR)
         return shard
-
-    def _fault(self, entries: int, thorough: bool) -> str | None:
-        """Why the arrays are inconsistent, else None; digests do not detect what was written wrongly."""
-        kinds = (self.keys_N2.dtype, self.offsets.dtype, self.values.dtype)
-        if kinds != (np.uint64, np.int64, np.float32) or self.values.ndim != 1:
-            return "its arrays are of other types"
-        if self.keys_N2.shape != (entries, 2) or self.offsets.shape != (entries + 1,):
-            return f"its arrays do not hold {entries} entries"
-        if self.offsets[0] != 0 or self.offsets[-1] != len(self.values):
-            return "its offsets do not span its values"
-        if not thorough or entries == 0:
-            return None
-        if (np.diff(self.offsets) < 0).any():
-            return "its offsets run backwards"
-        first, second = self.keys_N2[:, 0], self.keys_N2[:, 1]
-        rises = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
-        return None if rises.all() else "its keys are not sorted"
 
     def save(self, folder: Path) -> None:
         """Write to a temporary folder and rename it, so that a kill leaves no incomplete shard."""
-        temporary = temporary_beside(folder)
-        temporary.mkdir(parents=True)
         arrays: dict[str, NDArray[Any]] = {
             # In column order: a search reads the first halves of the keys, which are then contiguous.
             "keys": np.asfortranarray(self.keys_N2),
             "offsets": self.offsets,
             "values": self.values,
         }
-        for name, array in arrays.items():
-            np.save(temporary / f"{name}.npy", array)
-        digests = {name: digest_file(temporary / f"{name}.npy") for name in _ARRAYS}
-        facts = {"entries": len(self), "tokens": len(self.values), "sha256": digests}
-        (temporary / "shard.json").write_text(json.dumps(facts))
-        os.replace(temporary, folder)
+        with new_folder(folder) as temporary:
+            for name, array in arrays.items():
+                np.save(temporary / f"{name}.npy", array)
+            digests = {name: digest_file(temporary / f"{name}.npy") for name in _ARRAYS}
+            facts = {"entries": len(self), "tokens": len(self.values), "sha256": digests}
+            (temporary / "shard.json").write_text(json.dumps(facts))
 
     def positions(self, keys: Sequence[bytes]) -> Ints:
         """Index of each key, -1 where it is absent: (K,)."""
@@ -119,10 +96,8 @@ class LogpShard:
         """Token log-probs of the entry at a position."""
         return np.asarray(self.values[self.offsets[position] : self.offsets[position + 1]])
 
-    def tokens_many(
-        self, keys: Sequence[bytes], first: ArrayLike | None = None
-    ) -> tuple[NDArray[np.float32], Ints]:
-        """Token log-probs of all keys, concatenated, and the offset of each: (total,) and (K+1,).
+    def sums(self, keys: Sequence[bytes], first: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Summed log-prob of each key, in nats: (K,).
 
         Args:
             first: number of tokens from the start of each entry; one number or (K,). None: all.
@@ -130,14 +105,6 @@ class LogpShard:
         Raises:
             StageFailed: a key is absent: the cache has other data, another tokenizer or other settings.
         """
-        order_K, starts_K, counts_K = self._spans(keys, first)
-        offsets = ends(_scattered(order_K, counts_K))
-        values = np.empty(int(offsets[-1]), np.float32)
-        copy_rows(self.values, starts_K, counts_K, values, offsets[order_K])
-        return values, offsets
-
-    def sums(self, keys: Sequence[bytes], first: ArrayLike | None = None) -> NDArray[np.float64]:
-        """Summed log-prob of each key, in nats: (K,). Arguments and errors as `tokens_many`."""
         order_K, starts_K, counts_K = self._spans(keys, first)
         sums_K = np.zeros(len(order_K))
         # Without empty spans, for which reduceat would return the value that follows them.
@@ -170,12 +137,6 @@ class LogpShard:
                 raise ValueError(f"`first` holds {limit.shape} counts for {len(keys)} keys")
             counts_K = np.minimum(counts_K, limit[order_K] if limit.ndim else limit).astype(np.int64)
         return order_K, starts_K, counts_K
-
-
-def temporary_beside(folder: Path) -> Path:
-    """An unused temporary name next to a folder; it names the process that uses it."""
-    owner = f"{socket.gethostname()}+{os.getpid()}+{process_start(os.getpid())}"
-    return folder.with_name(f"{TEMPORARY}{owner}+{uuid.uuid4().hex}")
 
 
 def key_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:
@@ -245,21 +206,6 @@ def blocks(counts: Ints) -> Iterator[slice]:
         stop = max(start + 1, int(np.searchsorted(stops, limit, side="right")))
         yield slice(start, stop)
         start = stop
-
-
-def copy_rows(
-    source: NDArray[np.float32], starts: Ints, counts: Ints, out: NDArray[np.float32], out_starts: Ints
-) -> None:
-    """Copy spans of `source` to spans of `out`; fastest with rising starts."""
-    for part in blocks(counts):
-        out[_elements(out_starts[part], counts[part])] = source[_elements(starts[part], counts[part])]
-
-
-def _elements(starts: Ints, counts: Ints) -> Ints | slice:
-    """The elements of spans; a slice if the spans are adjacent."""
-    if (starts[1:] == starts[:-1] + counts[:-1]).all():
-        return slice(int(starts[0]), int(starts[-1] + counts[-1]))
-    return spread(starts, counts)
 
 
 def _sum_spans(values: NDArray[np.float32], starts: Ints, counts: Ints) -> NDArray[np.float64]:

@@ -9,7 +9,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +17,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed
 from dpo_core.rewards.http import HttpReward, is_url
+from dpo_core.system import digest_file, digest_text
 
 _FORMS = (
     "Write 'sentiment', 'package.module:callable', 'path/to/file.py:callable' or 'http(s)://host:port/path'."
@@ -152,7 +152,7 @@ def reward_identity(spec: str | None) -> str | None:
         module = importlib.util.find_spec(place)
         place = module.origin or "" if module else ""
     path = Path(place).expanduser()
-    content = sha256(path.read_bytes()).hexdigest() if path.is_file() else "no source"
+    content = digest_file(path) if path.is_file() else "no source"
     return f"{spec.rpartition(':')[2]} of {content}"
 
 
@@ -181,7 +181,7 @@ def _load_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
         raise RecipeError(f"the reward '{spec}' does not exist: there is no file '{path}'", _FORMS)
     # A name per path: two files called reward.py must not replace each other.
-    name = f"dpo_reward_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    name = f"dpo_reward_{digest_text(str(path.resolve()))[:16]}"
     location = importlib.util.spec_from_file_location(name, path)
     assert location is not None, "a path that ends in .py always has a loader"
     assert location.loader is not None

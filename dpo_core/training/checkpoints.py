@@ -9,8 +9,6 @@ The files are pickles, and the digests do not prove who wrote them. They are loa
 `restricted_unpickling`, which refuses a file that would run code.
 """
 
-import hashlib
-import json
 import logging
 import os
 import pickle
@@ -24,11 +22,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import StageFailed
 from dpo_core.system import digest_file, remove, sync
 
@@ -131,8 +129,7 @@ class Checkpoints:
 
 def _write_digest(folder: Path, made: CheckpointInfo) -> None:
     files = {str(f.relative_to(folder)): digest_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-    facts: dict[str, Any] = {"made": asdict(made), "files": files}
-    (folder / DIGEST).write_text(json.dumps(facts | {"sha256": _own_digest(facts)}, indent=1))
+    write_checked(folder / DIGEST, {"made": asdict(made), "files": files})
     # Without this, a failing disk could leave empty files in a renamed checkpoint.
     for path in [*(folder / name for name in [*files, DIGEST]), folder]:
         sync(path)
@@ -144,23 +141,15 @@ def read_digest(folder: Path) -> CheckpointInfo:
     Raises:
         ValueError: the checkpoint is damaged; the message says where.
     """
-    try:
-        facts = json.loads((folder / DIGEST).read_text())
-        own = facts.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{DIGEST} is missing or cannot be read") from None
-    if own != _own_digest(facts):
-        raise ValueError(f"{DIGEST} has changed since it was written")
+    facts = read_checked(folder / DIGEST, "another checkpoint is used", keep=True)
+    if facts is None:
+        raise ValueError(f"{DIGEST} is missing, cannot be read, or has changed since it was written")
     for name, digest in facts["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if digest_file(folder / name) != digest:
             raise ValueError(f"{name} has changed since it was written")
     return CheckpointInfo(**facts["made"])
-
-
-def _own_digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

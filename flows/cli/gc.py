@@ -1,4 +1,4 @@
-"""`dpo gc`: remove what no kept run of a workspace needs."""
+"""`dpo gc`: remove what nothing needs from a workspace."""
 
 from typing import Annotated
 
@@ -16,15 +16,29 @@ def gc(
         list[str] | None,
         typer.Option(metavar="RUN", help="Drop this run, finished or not; may be repeated."),
     ] = None,
+    unused_for: Annotated[
+        float,
+        typer.Option(metavar="DAYS", min=0.0, help="Empty the caches of what was not used for so many days."),
+    ] = 90.0,
     workspace: WorkspaceOption = WORKSPACE,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove artifacts, working folders and Data Docs that no kept run needs. Pages and records remain.
+    """Remove artifacts, working folders, Data Docs and cached values that nothing needs.
 
-    Always kept: unfinished runs, studies, models with an alias in the registry (champion, previous-champion,
-    challenger) and evaluated models. For reference log-probs: dpo cache gc.
+    Always kept: pages and records, unfinished runs, studies, models with an alias in the registry (champion,
+    previous-champion, challenger) and evaluated models. The caches hold reference log-probs, suite results,
+    judges' replies and converted models.
     """
-    from flows.commands.gc import free_space
+    from flows.commands.gc import print_freed
+    from tasks.housekeeping.garbage_collection import free
 
-    free_space(workspace, keep, keep_run or [], drop_run or [], dry_run=dry_run, as_json=as_json)
+    done = free(
+        workspace,
+        keep=keep,
+        keep_runs=keep_run or [],
+        drop_runs=drop_run or [],
+        unused_days=unused_for,
+        dry_run=dry_run,
+    )
+    print_freed(done, dry_run=dry_run, as_json=as_json)

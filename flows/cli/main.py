@@ -20,7 +20,7 @@ import typer
 from dpo_core.errors import DpoError
 from dpo_core.redaction import WithoutSecrets, redact
 from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES
-from flows.cli import cache, config
+from flows.cli import config
 from flows.cli.catalog import methods, objectives
 from flows.cli.deploy import deploy, event_app, schedule_app
 from flows.cli.doctor import doctor
@@ -47,7 +47,7 @@ _PANELS: dict[str, list[Any]] = {
     "Look": [runs, show, ui],
     "Evaluate and decide": [evaluate, compare, promote, rollback],
     "Schedule and deploy": [deploy, schedule_app, event_app],
-    "Look after a workspace": [doctor, gc, cache.app],
+    "Look after a workspace": [doctor, gc],
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:

@@ -21,7 +21,8 @@ from flows.process.prefect_server import server_address
 from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import list_runs
 from tasks.store.files import open_workspace
-from tasks.tracking.tracker import resolve_uri
+from tasks.tracking.connection import resolve_uri
+from tasks.tracking.tracker import VIEW
 
 # MLflow's job runners, ten processes and two gigabytes, are not needed.
 _SERVER = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -110,8 +111,9 @@ def _announce(
             time.sleep(0.5)
             continue
         print(f"mlflow   {address}/{_TRAINING}", flush=True)
-        run, page = _newest_run(place, address, login)
+        runs, run, page = _newest_run(place, address, login)
         if run:
+            print(f"runs     {runs}", flush=True)
             print(f"newest   {run}", flush=True)
         if page:
             print(f"page     {page}", flush=True)
@@ -120,17 +122,19 @@ def _announce(
         return
 
 
-def _newest_run(place: Path, address: str, login: Access) -> tuple[str | None, str | None]:
-    """The addresses of the newest run in the UI and of its run page; None if one does not exist."""
+def _newest_run(place: Path, address: str, login: Access) -> tuple[str | None, str | None, str | None]:
+    """The addresses in the UI of the newest run's table, with verdict and gain, and of the run itself, and of
+    its run page; None if one does not exist."""
     newest = next((record for record in list_runs(place) if record.mlflow_run_id), None)
     if newest is None:
-        return None, None
+        return None, None, None
     page = place / "runs" / newest.run_id / "page.html"
-    run = None
+    runs = run = None
     query = urllib.request.Request(
         f"{address}/api/2.0/mlflow/runs/get?run_id={newest.mlflow_run_id}", headers=login.headers
     )
     with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(query, timeout=10) as reply:
         experiment = json.load(reply)["run"]["info"]["experiment_id"]
         run = f"{address}/{_TRAINING}".replace("?", f"/{experiment}/runs/{newest.mlflow_run_id}?")
-    return run, page.as_uri() if page.is_file() else None
+        runs = f"{address}/{_TRAINING}".replace("?", f"/{experiment}/runs?viewStateShareKey={VIEW}&")
+    return runs, run, page.as_uri() if page.is_file() else None

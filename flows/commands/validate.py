@@ -1,7 +1,6 @@
 """The body of `dpo validate`: checks a data set at the data gate without a run."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 import stat
@@ -21,6 +20,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.load import load_tokenizer, templates_of
 from dpo_core.models.source import locate, read_template
+from dpo_core.system import digest_text
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.features import Tokenisation
@@ -93,7 +93,7 @@ def judge_file(
     tokenise = _tokenise(settings) if has_model else None
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder per data set, so that the next check of it replaces this one's Data Docs.
-    name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
+    name = digest_text(os.path.abspath(data))[:12]
     docs = _own_folder(Path(tempfile.gettempdir()) / f"dpo-gate-{os.getuid()}") / name
     shutil.rmtree(docs, ignore_errors=True)
     report, _ = judge(

@@ -1,18 +1,20 @@
-"""Garbage collection (`dpo gc`): removes artifacts, working folders and Data Docs that no kept run needs.
+"""Garbage collection (`dpo gc`): removes what no kept run, no named model and no recent use needs.
 
-It keeps the artifacts that a kept run references and everything these were made from, so that the run stays
-fully cached; models that a registry alias or a possible rollback refers to; and separately evaluated models.
-Run folders and MLflow keep the evidence of every run.
+Of the store it keeps the artifacts that a kept run references and everything these were made from, so that
+the run stays fully cached; models that a registry alias or a possible rollback refers to; models that were
+evaluated; and models that were converted lately. Of the caches see `caches`. Run folders, reports and MLflow
+keep the evidence of every run.
 
-Garbage is first hidden by renames under the store's guard, index entries first. A kill in between leaves
-objects without an entry, which the next call removes, but never an entry without its object. Only then are
-bytes deleted.
+Garbage of the store is first hidden by renames under the store's guard, index entries first. A kill in
+between leaves objects without an entry, which the next call removes, but never an entry without its object.
+Only then are bytes deleted.
 """
 
 import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,49 +22,36 @@ from typing import NamedTuple
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from tasks.housekeeping.caches import DAY_SECONDS, UNUSED_DAYS, clean_caches
+from tasks.housekeeping.findings import Kept, Removed
 from tasks.promotion.finished_run import registries_of
-from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
+from tasks.promotion.ledger import Ledger, hold_champion, registered_models
 from tasks.runs.references import UsedArtifacts, read_references
 from tasks.store.facts import ModelFacts, facts_of
-from tasks.store.files import disk_errors, open_workspace, size_of
+from tasks.store.files import CONVERT_MODEL, disk_errors, open_workspace, size_of
 from tasks.store.store import Store
-from tasks.tracking.mlflow_calls import all_pages
 from tasks.tracking.tracker import Tracker
 
 KEEP = 10
 """Default number of finished runs that stay cached."""
 
 
-class Unused(Config):
-    """An artifact to remove."""
-
-    kind: str
-    sha256: str
-    bytes: int
-
-
 class Freed(Config):
     """The result of a garbage collection, or of its dry run."""
 
-    kept: list[str]
-    """Runs that stay cached."""
-    let_go: list[str]
+    kept: list[Kept]
+    dropped_runs: list[str]
     """Runs that do not stay cached. Their pages and records are kept, their artifacts only if others need
     them."""
-    unused: list[Unused]
-    """Artifacts that no kept run or model needs."""
-    entries: int
-    """Index entries removed with them."""
-    leftovers: list[str]
-    """Working folders, unfinished files and Data Docs that no run will use."""
+    removed: list[Removed]
+    merged: dict[str, int]
+    """Number of shards merged into one, by the key of their cache of reference log-probs."""
     freed_bytes: int
-    """Bytes of the artifacts and leftovers."""
-    held_back: list[str]
-    """Unfinished runs of older versions, whose references are unknown. While there are any, nothing in the
-    store is freed."""
 
 
 class _Entry(NamedTuple):
+    """An entry of the store's index."""
+
     path: Path
     stage: str
     key: str
@@ -71,12 +60,20 @@ class _Entry(NamedTuple):
     weights: str | None
 
 
+class _Needs(NamedTuple):
+    """Something that is kept, why, and the artifacts that it needs apart from their ancestors."""
+
+    what: str
+    why: str
+    digests: set[str]
+
+
 class _Removal(NamedTuple):
-    """The paths to remove."""
+    """The paths to remove from the store; of folders with the reason."""
 
     entries: list[Path]
     objects: list[Path]
-    folders: list[Path]
+    folders: dict[Path, str]
 
 
 def free(
@@ -85,14 +82,16 @@ def free(
     keep: int = KEEP,
     keep_runs: Iterable[str] = (),
     drop_runs: Iterable[str] = (),
+    unused_days: float = UNUSED_DAYS,
     dry_run: bool = False,
 ) -> Freed:
-    """Remove everything that no kept run needs.
+    """Remove everything that is not needed.
 
     Args:
         keep: number of finished runs to keep, the newest ones.
         keep_runs: further runs to keep.
         drop_runs: runs not to keep, even if they are new, unfinished or studies.
+        unused_days: remove what was not used for so many days from the caches.
         dry_run: change nothing, only return what would be removed.
 
     Raises:
@@ -107,17 +106,28 @@ def free(
         _require_known(place, before, keep_runs, drop_runs)
         done_before = {run.run_id for run in before if run.finished}
         champions = _champions(place, before, locks, dry_run)
+
+        def select(runs: list[UsedArtifacts]) -> tuple[Freed, _Removal]:
+            kept = _runs_to_keep(runs, done_before, keep, keep_runs, drop_runs)
+            return _select(store, kept, runs, champions, time.time() - unused_days * DAY_SECONDS)
+
         if dry_run:
-            return _select(
-                store, _runs_to_keep(before, done_before, keep, keep_runs, drop_runs), before, champions
-            )[0]
-        with store._temporary() as trash, store.guard():
-            # Runs that started or ended meanwhile keep their references: a model may be registered by now.
-            now = read_references(place)
-            kept = _runs_to_keep(now, done_before, keep, keep_runs, drop_runs)
-            freed, going = _select(store, kept, now, champions)
-            _hide(going, trash)
-    return freed
+            freed, _ = select(before)
+        else:
+            with store.temporary() as trash, store.guard():
+                # Runs that started or ended meanwhile keep their references.
+                freed, removal = select(read_references(place))
+                _hide(removal, trash)
+        caches = clean_caches(place, unused_days=unused_days, dry_run=dry_run)
+    removed = freed.removed + caches.removed
+    return freed.model_copy(
+        update={
+            "kept": freed.kept + caches.kept,
+            "removed": removed,
+            "merged": caches.merged,
+            "freed_bytes": sum(item.bytes for item in removed),
+        }
+    )
 
 
 def _require_known(place: Path, runs: list[UsedArtifacts], keep_runs: set[str], drop_runs: set[str]) -> None:
@@ -137,76 +147,117 @@ def _require_known(place: Path, runs: list[UsedArtifacts], keep_runs: set[str], 
 
 def _runs_to_keep(
     runs: list[UsedArtifacts], done_before: set[str], keep: int, keep_runs: set[str], drop_runs: set[str]
-) -> list[UsedArtifacts]:
-    """The runs that stay cached."""
+) -> list[tuple[UsedArtifacts, str]]:
+    """The runs that stay cached, newest first, each with the reason."""
     done = [(n.record.started_at, n.run_id) for n in runs if n.record and n.finished and not n.is_study]
     done = sorted(((at, run) for at, run in done if run in done_before), reverse=True)
-    old = {run for _, run in done[keep:]} - keep_runs
-    return [run for run in runs if run.run_id not in old | drop_runs]
+    newest, old = [run for _, run in done[:keep]], {run for _, run in done[keep:]}
+    kept = []
+    for run in runs:
+        if run.run_id in drop_runs or (run.run_id in old and run.run_id not in keep_runs):
+            continue
+        own = "study" if run.is_study else "newest" if run.finished else "unfinished"
+        kept.append((run, "named" if run.run_id in keep_runs else own))
+    return sorted(kept, key=lambda item: newest.index(item[0].run_id) if item[0].run_id in newest else keep)
 
 
-def _champions(place: Path, runs: list[UsedArtifacts], locks: ExitStack, dry_run: bool) -> set[str]:
-    """Digests of the models that an alias or a champion's last change refers to; locks promotions."""
-    digests: set[str] = set()
+def _champions(place: Path, runs: list[UsedArtifacts], locks: ExitStack, dry_run: bool) -> list[_Needs]:
+    """The models that an alias or a champion's last change refers to; locks promotions."""
+    needs = []
     for tracker in registries_of(place, (run.tracking_uri for run in runs)):
-        names = tracker.ask("the registered models", lambda c: all_pages(c.search_registered_models))
-        for name in sorted(model.name for model in names if not model.name.endswith(SUFFIX)):
+        for model in registered_models(tracker):
             if not dry_run:
-                locks.enter_context(hold_champion(place, name))
-            digests |= _named_weights(tracker, name)
-    return digests
+                locks.enter_context(hold_champion(place, model.name))
+            needs += _named_versions(tracker, model.name)
+    return needs
 
 
-def _named_weights(tracker: Tracker, name: str) -> set[str]:
+def _named_versions(tracker: Tracker, name: str) -> list[_Needs]:
     model = tracker.ask(f"the model {name}", lambda client: client.get_registered_model(name))
     ledger = Ledger(tracker, name)
-    changes = [entry.change for entry in ledger.read()[-1:] if entry.state != "abandoned"]
-    # The last change may not have been applied yet.
-    named = {*model.aliases.values(), *(v for c in changes for v in (c.version, c.previous, c.replaced) if v)}
-    digests = set()
-    for number in sorted(str(version) for version in named):
+    named: dict[str, str] = {}
+    for entry in ledger.read()[-1:]:  # it may not have been applied yet
+        change = entry.change
+        named |= {v: "rollback" for v in (change.previous, change.replaced) if v} | {
+            change.version: "champion"
+        }
+    named |= {str(number): alias for alias, number in model.aliases.items()}
+    needs = []
+    for number, why in sorted(named.items()):
         version = ledger.version(number)
         if version is not None:
-            digests.add(version.tags.get("dpo.artifact_sha256", ""))
-            digests.add(Path(version.tags.get("dpo.weights_uri", "")).name)
-    return digests
+            uri = version.tags.get("dpo.weights_uri", "")
+            digests = {version.tags.get("dpo.artifact_sha256", ""), Path(uri).name}
+            needs.append(_Needs(f"{name} version {number}", why, digests))
+    return needs
 
 
 def _select(
-    store: Store, kept: list[UsedArtifacts], runs: list[UsedArtifacts], champions: set[str]
+    store: Store,
+    kept: list[tuple[UsedArtifacts, str]],
+    runs: list[UsedArtifacts],
+    champions: list[_Needs],
+    recent: float,
 ) -> tuple[Freed, _Removal]:
-    """Select what to remove; changes nothing."""
+    """Select what to remove from the store; changes nothing.
+
+    Args:
+        recent: models that were converted or used since then are kept, in seconds since 1970.
+    """
     entries, broken = _entries(store)
-    unknown = [run.run_id for run in kept if not run.complete]
-    keys = {key for run in kept for key in run.keys}
-    referenced = {digest for run in kept for digest in run.digests}
-    needed = _closure(entries, referenced | {e.sha256 for e in entries if (e.stage, e.key) in keys})
-    evaluated = _evaluated(store.workspace)
-    needed |= champions | {e.sha256 for e in entries if e.weights in evaluated}
-    going = [] if unknown else [e for e in entries if e.sha256 not in needed]
-    objects = [] if unknown else [o for o in _objects(store) if o.name not in needed]
-    folders = store.leftovers()
-    if not unknown:
-        stay = [e for e in entries if e.sha256 in needed]
-        folders += _scratch(store, keys, {(e.stage, e.key) for e in stay}) + _docs(store, keys, stay)
-    sizes = {path: size_of(path) for path in (*objects, *folders)}
-    freed = Freed(
-        kept=sorted(run.run_id for run in kept),
-        let_go=sorted({run.run_id for run in runs} - {run.run_id for run in kept}),
-        unused=[Unused(kind=o.parent.parent.name, sha256=o.name, bytes=sizes[o]) for o in objects],
-        entries=len(going) + len(broken),
-        leftovers=[str(folder.relative_to(store.workspace)) for folder in folders],
-        freed_bytes=sum(sizes.values()),
-        held_back=unknown,
+    keys = {key for run, _ in kept for key in run.keys}
+    needs = [*_needs_of_runs(kept, entries), *champions, *_needed_models(store.workspace, entries, recent)]
+    there = {path.name: path for path in _objects(store)}
+    kept_items, needed = _first_needs(needs, entries, there)
+    finished = {(e.stage, e.key) for e in entries if e.sha256 in needed}
+    folders = dict.fromkeys(store.leftovers(), "unfinished") | _scratch(store, keys, finished)
+    folders |= dict.fromkeys(_docs(store, keys | finished), "unused")
+    removal = _Removal(
+        entries=[e.path for e in entries if e.sha256 not in needed] + broken,
+        objects=[path for name, path in there.items() if name not in needed],
+        folders=folders,
     )
-    return freed, _Removal([e.path for e in going] + broken, objects, folders)
+    removed = [
+        Removed(what=f"{path.parent.parent.name} {path.name[:16]}", why="unused", bytes=size_of(path))
+        for path in removal.objects
+    ] + [
+        Removed(what=str(path.relative_to(store.workspace)), why=why, bytes=size_of(path))
+        for path, why in removal.folders.items()
+    ]
+    freed = Freed(
+        kept=kept_items,
+        dropped_runs=sorted({run.run_id for run in runs} - {run.run_id for run, _ in kept}),
+        removed=removed,
+        merged={},
+        freed_bytes=0,
+    )
+    return freed, removal
+
+
+def _needs_of_runs(kept: list[tuple[UsedArtifacts, str]], entries: list[_Entry]) -> list[_Needs]:
+    by_key = {(entry.stage, entry.key): entry.sha256 for entry in entries}
+    return [
+        _Needs(f"run {run.run_id}", why, {*run.digests, *(by_key[key] for key in run.keys & by_key.keys())})
+        for run, why in kept
+    ]
+
+
+def _needed_models(workspace: Path, entries: list[_Entry], recent: float) -> list[_Needs]:
+    """Models that were evaluated, and those that were converted lately."""
+    evaluated, needs = _evaluated(workspace), []
+    for entry in entries:
+        used = entry.stage == CONVERT_MODEL and entry.path.stat().st_mtime >= recent
+        if entry.weights in evaluated or used:
+            why = "recent" if used else "evaluated"
+            needs.append(_Needs(f"model {entry.sha256[:16]}", why, {entry.sha256}))
+    return needs
 
 
 def _entries(store: Store) -> tuple[list[_Entry], list[Path]]:
     """The entries of the store's index, and the paths of unreadable ones."""
     entries, broken = [], []
     for path in sorted((store.root / "index").glob("*/*.json")):
-        manifest = store._read_index(path, forget=False)
+        manifest = store.read_entry(path)
         if manifest is None:
             broken.append(path)
             continue
@@ -215,19 +266,26 @@ def _entries(store: Store) -> tuple[list[_Entry], list[Path]]:
     return entries, broken
 
 
-def _closure(entries: list[_Entry], wanted: set[str]) -> set[str]:
-    """These artifacts and all their ancestors."""
+def _first_needs(
+    needs: list[_Needs], entries: list[_Entry], there: dict[str, Path]
+) -> tuple[list[Kept], set[str]]:
+    """What is kept with the artifacts that nothing before it needs, and the digests of all that is needed."""
     parents: dict[str, set[str]] = {}
     for entry in entries:
         parents.setdefault(entry.sha256, set()).update(entry.parents)
-    closure: set[str] = set()
-    pending = list(wanted)
-    while pending:
-        digest = pending.pop()
-        if digest not in closure:
-            closure.add(digest)
-            pending += parents.get(digest, ())
-    return closure
+    needed: set[str] = set()
+    kept = []
+    for need in needs:
+        own, pending = set(), list(need.digests)
+        while pending:
+            digest = pending.pop()
+            if digest not in needed:
+                needed.add(digest)
+                own.add(digest)
+                pending += parents.get(digest, ())
+        paths = [there[digest] for digest in own & there.keys()]
+        kept.append(Kept(what=need.what, why=need.why, bytes=sum(map(size_of, paths))))
+    return kept, needed
 
 
 def _evaluated(workspace: Path) -> set[str]:
@@ -247,16 +305,20 @@ def _objects(store: Store) -> Iterator[Path]:
             yield path
 
 
-def _scratch(store: Store, keys: set[tuple[str, str]], finished: set[tuple[str, str]]) -> list[Path]:
+def _scratch(store: Store, keys: set[tuple[str, str]], finished: set[tuple[str, str]]) -> dict[Path, str]:
     """Working folders of finished stages, and of stages that no unfinished run references."""
     in_work = {(stage, key[:16]) for stage, key in keys - finished}
-    folders = sorted((store.workspace / "work").glob("*/*"))
-    return [folder for folder in folders if (folder.parent.name, folder.name) not in in_work]
+    done = {(stage, key[:16]) for stage, key in finished}
+    return {
+        folder: "finished" if (folder.parent.name, folder.name) in done else "unused"
+        for folder in sorted((store.workspace / "work").glob("*/*"))
+        if (folder.parent.name, folder.name) not in in_work
+    }
 
 
-def _docs(store: Store, keys: set[tuple[str, str]], stay: list[_Entry]) -> list[Path]:
+def _docs(store: Store, keys: set[tuple[str, str]]) -> list[Path]:
     """Data Docs folders (one per validation) whose data are removed."""
-    named = {key[:16] for _, key in keys} | {entry.key[:16] for entry in stay}
+    named = {key[:16] for _, key in keys}
     folders = sorted((store.workspace / "data_docs").glob("*-*"))
     return [folder for folder in folders if folder.name.rpartition("-")[2] not in named]
 

@@ -12,7 +12,8 @@ from dpo_core.redaction import HIDDEN
 from tasks.recipe.sections import TrackingConfig
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.runs.record import list_runs
-from tasks.tracking.tracker import Tracker, resolve_uri
+from tasks.tracking.connection import resolve_uri
+from tasks.tracking.tracker import Tracker
 
 
 def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:

@@ -8,9 +8,10 @@ model of its own, `<name>.promotions`. Its entry n holds one change and the numb
 on; it counts if that was the last one that counts. All readers come to the same answer, so one of two
 promotions that were decided on the same champion is void, on whatever machines they ran.
 
-Creating the entry is the promotion. `settle` then writes the tags, the artifact and the aliases. These writes
-can be repeated, and the alias `champion` moves in the last write but one. If a process is killed in between,
-the next promotion, rollback or check completes its entry.
+Creating the entry is the promotion. `settle` then writes a tag and the aliases. These writes can be repeated,
+and the alias `champion` moves in the last write but one. If a process is killed in between, the next
+promotion, rollback or check completes its entry. A concurrency limit of a Prefect server cannot take its
+place: a machine may use the registry and no Prefect server.
 
 Two limits remain. An alias that somebody moved by hand in MLflow is not in the ledger and is used as it is.
 And if two machines apply the same entry and one of them pauses for longer than the next promotion takes, it
@@ -23,7 +24,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import quote
@@ -35,9 +35,8 @@ from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.decision import Decision
 from tasks.store.locks import locked
-from tasks.tracking.mlflow_calls import create_if_missing
+from tasks.tracking.connection import all_pages, create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, cut
-from tasks.tracking.outbox import one_line
 from tasks.tracking.registry import numbered, version_of
 from tasks.tracking.tracker import Tracker
 
@@ -53,7 +52,7 @@ _ABOUT = "Changes of the champion of {name}, one a version. Written by `dpo prom
 
 
 class ChampionChange(Config):
-    """One change of the champion: an entry of the ledger, and the artifact `decision.json`."""
+    """One change of the champion: an entry of the ledger."""
 
     kind: Literal["promotion", "rollback"]
     name: str
@@ -77,8 +76,6 @@ class ChampionChange(Config):
     decision: Decision | None = None
     after: int
     """Number of the last entry when this change was decided; 0 if there was none."""
-    mark: str
-    """Random id of the change."""
 
 
 class NumberedChange(NamedTuple):
@@ -87,7 +84,7 @@ class NumberedChange(NamedTuple):
     number: int
     change: ChampionChange
     state: str
-    """Empty until the change is applied; then `done`, or `abandoned` if its version was deleted."""
+    """Empty until the change is applied, then `done`."""
 
 
 class Ledger:
@@ -120,8 +117,8 @@ class Ledger:
             return str(entry.version)
 
         number = self._tracker.ask(f"the {change.kind} of {self.model}", write)
-        # Compare marks, not numbers: after a lost answer one change may have two entries, the first valid.
-        won = any(entry.change.mark == change.mark for entry in self.read())
+        # Compare changes, not numbers: after a lost answer one change may have two entries, the first valid.
+        won = any(entry.change == change for entry in self.read())
         if not won:
             self._tracker.ask("a void entry", lambda c: c.delete_model_version(self.name, number))
         return won
@@ -153,21 +150,16 @@ class Ledger:
 
     def _apply(self, entry: NumberedChange) -> None:
         change = entry.change
-        version = self.version(change.version)
-        if version is None:
+        if self.version(change.version) is None:
             log.warning(
                 "%s: version %s was deleted, so it does not become champion", self.model, change.version
             )
-            self._set_state(entry, "abandoned")
-            return
-        self._tag(change.version, _tags(change))
-        if change.replaced and self.version(change.replaced):
-            self._tag(change.replaced, _tags_of_replaced(change))
-        self._tracker.ask("the decision", lambda client: _record(client, version.run_id, change))
-        previous = change.previous if change.previous and self.version(change.previous) else None
-        self._point(PREVIOUS, previous)
-        self._point(ALIAS, change.version)
-        self._set_state(entry, "done")
+        else:
+            self._tag(self.model, change.version, "dpo.promotion", sentence(change))
+            previous = change.previous if change.previous and self.version(change.previous) else None
+            self._point(PREVIOUS, previous)
+            self._point(ALIAS, change.version)
+        self._tag(self.name, str(entry.number), _STATE, "done")
 
     def _point(self, alias: str, version: str | None) -> None:
         def write(client: Any) -> None:
@@ -178,14 +170,7 @@ class Ledger:
 
         self._upsert(f"the alias {alias}", write)
 
-    def _tag(self, version: str, tags: dict[str, str]) -> None:
-        for key, value in tags.items():
-            self._set_tag(self.model, version, key, cut(value, TAG_CHARS))
-
-    def _set_state(self, entry: NumberedChange, state: str) -> None:
-        self._set_tag(self.name, str(entry.number), _STATE, state)
-
-    def _set_tag(self, model: str, version: str, key: str, value: str) -> None:
+    def _tag(self, model: str, version: str, key: str, value: str) -> None:
         what = f"the tag {key} of {model} version {version}"
         self._upsert(what, lambda client: client.set_model_version_tag(model, version, key, value))
 
@@ -209,6 +194,12 @@ class Ledger:
         self._tracker.ask(what, again)
 
 
+def registered_models(tracker: Tracker) -> list[Any]:
+    """The registered models by name, without the ledgers."""
+    models = tracker.ask("the registered models", lambda client: all_pages(client.search_registered_models))
+    return sorted((m for m in models if not m.name.endswith(SUFFIX)), key=lambda model: model.name)
+
+
 def champion_of(tracker: Tracker, name: str) -> Any | None:
     """The champion's version, or None. Writes nothing: if the last change is not applied yet, its version is
     returned, else the version with the alias."""
@@ -225,7 +216,7 @@ def champion_history(entries: list[NumberedChange]) -> list[str]:
     in a row go back two steps, never to the model that was rolled back.
     """
     stack: list[str] = []
-    for change in (entry.change for entry in entries if entry.state != "abandoned"):
+    for change in (entry.change for entry in entries):
         if change.replaced and stack[-1:] != [change.replaced]:
             stack.append(change.replaced)  # somebody moved the alias by hand
         if change.kind == "promotion":
@@ -263,42 +254,6 @@ def _valid(entries: list[NumberedChange]) -> list[NumberedChange]:
         if entry.change.after == (valid[-1].number if valid else 0):
             valid.append(entry)
     return valid
-
-
-def _tags(change: ChampionChange) -> dict[str, str]:
-    """Tags of the new champion. A rollback keeps the tags that its promotion wrote."""
-    if change.kind == "rollback":
-        tags = {"dpo.restored_at": _moment(change.at), "dpo.restored_by": change.by}
-        return tags | ({"dpo.restored_reason": change.reason} if change.reason else {})
-    verdict = "none" if change.decision is None else "promote" if change.decision.promote else "refuse"
-    return {
-        "dpo.promoted_at": _moment(change.at),
-        "dpo.promoted_by": change.by,
-        "dpo.decision": verdict,
-        "dpo.forced": str(change.forced).lower(),
-        "dpo.reason": change.reason or "; ".join(change.overridden) or "every rule holds",
-        "dpo.replaced": change.replaced or "none",
-    }
-
-
-def _tags_of_replaced(change: ChampionChange) -> dict[str, str]:
-    if change.kind == "promotion":
-        return {"dpo.replaced_by": change.version, "dpo.replaced_at": _moment(change.at)}
-    tags = {"dpo.rolled_back_at": _moment(change.at), "dpo.rolled_back_by": change.by}
-    return tags | ({"dpo.rolled_back_reason": change.reason} if change.reason else {})
-
-
-def _record(client: Any, run_id: str, change: ChampionChange) -> None:
-    """Log the change as an artifact of the run that trained the model. A failure costs only this copy."""
-    name = "decision.json" if change.kind == "promotion" else "rollback.json"
-    try:
-        client.log_text(run_id, change.model_dump_json(indent=1), name)
-    except Exception as error:
-        log.warning("MLflow did not store %s for run %s: %s", name, run_id, one_line(error)[:300])
-
-
-def _moment(at: datetime) -> str:
-    return at.isoformat(timespec="seconds")
 
 
 @contextmanager

@@ -10,13 +10,13 @@ Aliases and `latest` move. A run therefore records at its start which version or
 (`RunRecord.models`), and a resume uses the recorded one.
 """
 
+import logging
 import re
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 from mlflow.exceptions import MlflowException
 
@@ -25,17 +25,19 @@ from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import weights_digest
 from dpo_core.redaction import redact
 from tasks.promotion.finished_run import database_gone, newest_report, read_report, registry_of
-from tasks.promotion.ledger import ALIAS, SUFFIX, champion_of
+from tasks.promotion.ledger import ALIAS, champion_of, registered_models
 from tasks.recipe.policies import is_external
 from tasks.recipe.sections import TrackingConfig
 from tasks.reports.run_report import RunReport
 from tasks.store.facts import ModelFacts, Origin
+from tasks.store.files import path_of
 from tasks.store.manifest import Manifest, digest_folder
 from tasks.store.store import Store
-from tasks.tracking.mlflow_calls import all_pages
+from tasks.tracking.connection import all_pages
 from tasks.tracking.registry import numbered, version_of
 from tasks.tracking.tracker import Tracker
 
+log = logging.getLogger("dpo")
 MODELS, RUNS, LATEST = "models:/", "runs:/", "latest"
 FORMS = "Write models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN or runs:/RUN/POLICY"
 
@@ -107,6 +109,31 @@ def as_folder(
     return config.model_copy(update={"name": str(model.path)}), model.origin
 
 
+class Champion(NamedTuple):
+    """A registered version with the alias `champion`, whose files are on this machine."""
+
+    title: str
+    """`dpo-demo version 3`."""
+    manifest: Manifest
+
+
+def find_champion(tracker: Tracker, registered: str) -> Champion | None:
+    """The champion of a registered model; None where there is none, or its files are not on this machine."""
+    version = champion_of(tracker, registered)
+    if version is None:
+        return None
+    title = version_title(version)
+    if weights_of(version) is None or not version.tags.get("dpo.artifact_sha256"):
+        log.warning(
+            "the files of the champion %s are not on this machine; the run is compared with its reference",
+            title,
+        )
+        return None
+    model = model_of_version(tracker, version)
+    require_intact(model.path, model.origin.sha256, f"the champion {title}")
+    return Champion(title, model.manifest)
+
+
 # The registry -----------------------------------------------------------------------------------------------
 
 
@@ -176,9 +203,8 @@ def version_title(version: Any) -> str:
 
 def weights_of(version: Any) -> Path | None:
     """The checkpoint folder of a registered version; None if it is not on this machine."""
-    parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
-    folder = Path(unquote(parts.path))
-    return folder if parts.scheme == "file" and (folder / "config.json").is_file() else None
+    folder = path_of(version.tags.get("dpo.weights_uri", ""))
+    return folder if folder and (folder / "config.json").is_file() else None
 
 
 def require_intact(folder: Path, sha256: str | None, what: str) -> None:
@@ -221,10 +247,7 @@ def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeErro
     )
     models = {}
     if not database_gone(tracker.uri):
-        search = tracker.ask(
-            "the registered models", lambda client: all_pages(client.search_registered_models)
-        )
-        models = {entry.name: entry for entry in search if not entry.name.endswith(SUFFIX)}
+        models = {entry.name: entry for entry in registered_models(tracker)}
     if model not in models:
         problem = f"the registry at {redact(tracker.uri)} has no model {model}"
         remedy = _choices(model, list(models), "Registered models")

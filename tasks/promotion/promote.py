@@ -8,7 +8,6 @@ import getpass
 import logging
 import os
 import socket
-import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,18 +20,16 @@ from tasks.promotion.finished_run import finished_report, registry_of
 from tasks.promotion.ledger import (
     ALIAS,
     PREVIOUS,
-    SUFFIX,
     ChampionChange,
     Ledger,
     champion_history,
     hold_champion,
+    registered_models,
 )
-from tasks.promotion.model_source import version_title, weights_of
+from tasks.promotion.model_source import model_of_version, require_intact, version_title
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
-from tasks.store.files import disk_errors, open_workspace
-from tasks.store.manifest import digest_folder
-from tasks.tracking.mlflow_calls import all_pages
+from tasks.store.files import open_workspace
 from tasks.tracking.registry import version_of
 from tasks.tracking.tracker import Tracker
 
@@ -98,7 +95,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
                 else "The run page shows the numbers. --force promotes anyway and records what it overrode."
             )
             refuse(f"{version_title(candidate)} is not promoted", against, remedy)
-        _check_weights(candidate)
+        _check_weights(tracker, candidate)
         replaced = None if champion is None else str(champion.version)
         change = ChampionChange(
             kind="promotion",
@@ -137,7 +134,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
         champion, target = (version_of(tracker, name, alias) for alias in (ALIAS, PREVIOUS))
         if target is None or (champion is not None and champion.version == target.version):
             refuse(f"{name} has no previous champion", [], "Promote another run's model: dpo promote RUN")
-        _check_weights(target)
+        _check_weights(tracker, target)
         change = ChampionChange(
             kind="rollback",
             name=name,
@@ -157,7 +154,7 @@ def check(workspace: str | Path) -> list[ModelVersions]:
     place = open_workspace(workspace)
     tracker = registry_of(place)
     standings = []
-    for name in _models(tracker):
+    for name in (model.name for model in registered_models(tracker)):
         with hold_champion(place, name):
             ledger, notes = _settled(tracker, name)
             champion = version_of(tracker, name, ALIAS)
@@ -168,7 +165,7 @@ def check(workspace: str | Path) -> list[ModelVersions]:
             sound = True
             try:
                 if champion is not None:
-                    _check_weights(champion)
+                    _check_weights(tracker, champion)
             except PromotionRefused as error:
                 sound = False
                 notes.append(str(error))
@@ -235,19 +232,13 @@ def _previous_champion(ledger: Ledger, version: str) -> str | None:
     return next((earlier for earlier in reversed(stack) if ledger.version(earlier) is not None), None)
 
 
-def _check_weights(version: Any) -> None:
+def _check_weights(tracker: Tracker, version: Any) -> None:
     """Refuse a version whose files are missing or differ from those that were registered."""
-    folder, registered = weights_of(version), version.tags.get("dpo.artifact_sha256")
-    place = version.tags.get("dpo.weights_uri", "an unknown place")
-    if folder is None or not registered:
-        problem = f"the files of {version_title(version)} are not on this machine: {place}"
-        refuse(problem, [], "Use the machine that has them, or run again what made them.")
-    with disk_errors(folder, "reading the weights"):
-        digest = digest_folder(folder)
-    if digest != registered:
-        digests = f"has the digest {digest[:12]}, not {registered[:12]}"
-        problem = f"the weights of {version_title(version)} are damaged: {place} {digests}"
-        refuse(problem, [], "Run their recipe again, which rebuilds damaged artifacts.")
+    try:
+        model = model_of_version(tracker, version)
+        require_intact(model.path, model.origin.sha256, model.origin.title)
+    except RecipeError as error:
+        raise PromotionRefused(error.problem, error.remedy) from error
 
 
 def _made_by(version: Any, report: RunReport, model: ModelRow) -> bool:
@@ -261,7 +252,7 @@ def _signature() -> dict[str, Any]:
         user = getpass.getuser()
     except (KeyError, OSError):  # in a container the user may have no name
         user = str(os.getuid())
-    return {"at": datetime.now(UTC), "by": f"{user}@{socket.gethostname()}", "mark": uuid.uuid4().hex}
+    return {"at": datetime.now(UTC), "by": f"{user}@{socket.gethostname()}"}
 
 
 def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list[str]) -> ModelVersions:
@@ -281,13 +272,8 @@ def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list
     )
 
 
-def _models(tracker: Tracker) -> list[str]:
-    models = tracker.ask("the registered models", lambda client: all_pages(client.search_registered_models))
-    return sorted(model.name for model in models if not model.name.endswith(SUFFIX))
-
-
 def _model_with_champion(tracker: Tracker, name: str | None) -> str:
-    names = _models(tracker)
+    names = [model.name for model in registered_models(tracker)]
     if name is not None:
         if name not in names:
             raise RecipeError(f"there is no registered model {name}", f"Known: {', '.join(names) or 'none'}")

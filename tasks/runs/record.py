@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from filelock import FileLock, Timeout
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.system import write_atomic
+from dpo_core.temporary import Owner, this_process
 from tasks.store.files import disk_errors, open_workspace, run_folder
 from tasks.store.locks import holder_of, locked
-from tasks.store.owner import Owner, this_process
 
 if TYPE_CHECKING:
     from tasks.tracking.tracker import Tracker  # listing runs must not import it
@@ -49,6 +49,9 @@ class StartTime:
 class RunRecord(Config):
     """One alignment run."""
 
+    # Records of earlier versions have further fields.
+    model_config = ConfigDict(extra="ignore")
+
     run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")
     """The run's name: recipe and start time."""
     number: int = 0
@@ -72,8 +75,6 @@ class RunRecord(Config):
     """The error that ended the run, if it failed."""
     owner: Owner | None = None
     """The process that runs it, or ran it last; None for runs of older versions."""
-    lists_stages: bool = False
-    """Whether `stages.jsonl` lists all of the run's references; False for runs of older versions."""
 
     @property
     def is_abandoned(self) -> bool:
@@ -121,7 +122,6 @@ def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
         recipe=recipe_name,
         started_at=started,
         command=command,
-        lists_stages=True,
     )
 
 

@@ -39,13 +39,6 @@ class UsedArtifacts(NamedTuple):
         """Whether the run ended successfully."""
         return self.record is not None and self.record.status == "done"
 
-    @property
-    def complete(self) -> bool:
-        """Whether all references of the run are known. Older versions recorded them only at the end."""
-        if self.record is None:
-            return bool(self.keys)
-        return self.record.lists_stages or (self.finished and bool(self.digests))
-
 
 def record_lookup(store: Store, run_id: str, stage: str, key: str, inputs: Iterable[str]) -> None:
     """Record that a run is about to look up a stage, and which artifacts that stage reads."""

@@ -8,7 +8,7 @@ from dpo_core.evaluation.decision import Decision, Evidence, decide, refuse_same
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
-from tasks.promotion.champion import Champion
+from tasks.promotion.model_source import Champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import EvaluationDetails, GateRow, SuiteRow

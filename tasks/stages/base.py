@@ -22,13 +22,14 @@ from deploy.launchers.job_server_client import JobServer
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from dpo_core.jobs.files import InferenceConfig
+from dpo_core.system import digest_json
 from tasks.runs.references import record_lookup
 from tasks.signals import Stop
 from tasks.stages.prefect_artifacts import PrefectArtifacts, artifact_key
 from tasks.stages.progress import Progress
 from tasks.store.facts import Facts, scalar_facts
 from tasks.store.files import disk_fault
-from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
+from tasks.store.manifest import PLANNED, Manifest, stage_key
 from tasks.store.store import ArtifactInfo, Store
 from tasks.tracking.mlflow_run import StageRun, flatten
 from tasks.tracking.tracker import Tracker
@@ -219,7 +220,6 @@ def run_stage(
     config: Any,
     compute: Callable[[RunningStage], Output],
     *,
-    total_steps: int | None = None,
     planned_facts: Callable[[], Facts] | None = None,
 ) -> StageResult:
     """Return the stage's artifact: from the store if it is there and intact, else by computing it.
@@ -227,13 +227,12 @@ def run_stage(
     Args:
         inputs: the artifacts that the stage reads, by role; their digests are part of the key.
         config: everything else that decides the result (models, numbers, strings).
-        total_steps: optimiser steps that will be reported, for even thinning of long curves.
         planned_facts: facts of the artifact that a plan can state before it is computed.
     """
     start = time.monotonic()
     name = stage.name + context.label
     store, tracker = context.store, context.tracker
-    digest = digest_config(config)
+    digest = digest_json(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
         return _plan_stage(context, stage, key, digest, inputs, planned_facts)
@@ -245,11 +244,11 @@ def run_stage(
             manifest = store.lookup(stage.name, key)
             if manifest is None:
                 tags = {"dpo.config_digest": digest, "dpo.run": context.run_id}
-                with tracker.child(name, total_steps=total_steps, tags=tags) as child:
+                with tracker.child(name, tags=tags) as child:
                     child.params(_as_params(config))
                     manifest = _compute(context, stage, key, digest, inputs, compute, child)
     if child is None:
-        context.tracker.close_stage(name, manifest, _as_params(config), total_steps)
+        context.tracker.close_stage(name, manifest, _as_params(config))
     if stage.subject:
         context.tracker.parent.dataset(
             stage.subject, manifest.sha256, manifest.rows, manifest.uri, "training"

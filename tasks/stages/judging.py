@@ -21,15 +21,16 @@ from dpo_core.judging.judge import AnswerPairs, compare_answers
 from dpo_core.judging.results import WinRate
 from dpo_core.models.source import source_digest
 from dpo_core.rewards.functions import is_reward_model
+from dpo_core.system import digest_json
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, rivals
 from tasks.stages.model_jobs import RunJob
 from tasks.stages.suites import NOT_ESTIMATED
 from tasks.store.facts import Facts
-from tasks.store.manifest import Manifest, digest_config
+from tasks.store.files import REPLIES
+from tasks.store.manifest import Manifest
 
 JUDGE = Stage("judge", 1, "win-rates", Facts, lambda run, label: NOT_ESTIMATED)
-REPLIES = "judgements"
 """Folder of the workspace with the judges' cached replies."""
 
 
@@ -61,7 +62,7 @@ def answers_of(
         own = seed_for(seed, "answers")
         return AnswersJob(**fields, models=list(models), prompts=table, sampling=sampling, seed=own)
 
-    answers: dict[str, list[str]] = run(digest_config(decides), job, len(models) * len(prompts))["answers"]
+    answers: dict[str, list[str]] = run(digest_json(decides), job, len(models) * len(prompts))["answers"]
     return answers
 
 
@@ -87,7 +88,7 @@ def rewards_of(source: str, pairs: AnswerPairs, tokens: TokenConfig, run: RunJob
     def job(fields: dict[str, Any]) -> ScoreJob:
         return ScoreJob(**fields, reward=source, answers=_table(fields, rows), tokens=tokens)
 
-    rewards: list[float] = run(digest_config(decides), job, 1)["rewards"]
+    rewards: list[float] = run(digest_json(decides), job, 1)["rewards"]
     return rewards
 
 

@@ -20,7 +20,7 @@ from dpo_core.models.source import (
     source_digest,
     weights_digest,
 )
-from dpo_core.reference.keys import DEFINITION_VERSION
+from dpo_core.reference.cache import DEFINITION_VERSION
 from dpo_core.scoring.precision import Precision
 from dpo_core.training.config import EngineConfig
 from tasks.promotion.model_source import as_folder

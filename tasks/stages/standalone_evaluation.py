@@ -45,17 +45,16 @@ from tasks.reports.html import html
 from tasks.reports.run_report import Sample
 from tasks.stages.assess import suite_row
 from tasks.stages.evaluation import readable, turns_of
-from tasks.stages.judging import REPLIES, answers_of, chosen_prompts, rewards_of
+from tasks.stages.judging import answers_of, chosen_prompts, rewards_of
 from tasks.stages.model_jobs import CommandJobs, asked_model
 from tasks.stages.suite_results import (
-    FOLDER,
     SuiteRequest,
     checkpoint_of,
     objective_of,
     suite_results,
     trained_rows,
 )
-from tasks.store.files import disk_errors
+from tasks.store.files import REPLIES, SUITE_RESULTS, disk_errors
 
 log = logging.getLogger("dpo")
 
@@ -316,7 +315,7 @@ def _write(
     report: EvaluationReport, results: list[SuiteResult], samples: list[Sample], workspace: Path
 ) -> Path:
     """Write page, report, all items and all answers into a new folder; returns the page's path."""
-    folder = workspace / FOLDER / f"evaluation-{report.finished_at:%Y%m%d-%H%M%S-%f}"
+    folder = workspace / SUITE_RESULTS / f"evaluation-{report.finished_at:%Y%m%d-%H%M%S-%f}"
     with disk_errors(workspace, "writing the page of an evaluation"):
         folder.mkdir(parents=True)
         items = [result.model_dump(mode="json") for result in results]

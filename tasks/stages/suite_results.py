@@ -1,9 +1,6 @@
 """Cache of suite results: a model is evaluated on a suite once, and every comparison reuses the result."""
 
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,19 +18,18 @@ from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.jobs.files import PER_SUITE, ImportJob, NamedModel, SuitesJob
 from dpo_core.models.config import ModelConfig
-from dpo_core.models.source import locate, source_digest
-from dpo_core.system import remove
+from dpo_core.models.source import locate, source_digest, weights_digest
+from dpo_core.system import digest_json
 from tasks.promotion.model_source import RUNS, report_of, resolve
 from tasks.recipe.policies import is_external
 from tasks.stages.data import GATES
 from tasks.stages.model_jobs import RunJob
-from tasks.store.files import CACHE_FOLDER, disk_errors
-from tasks.store.manifest import digest_config, digest_folder
+from tasks.store.facts import ModelFacts
+from tasks.store.files import CACHE_FOLDER, CONVERT_MODEL, SUITE_RESULTS, disk_errors, path_of
+from tasks.store.manifest import stage_key
+from tasks.store.store import ArtifactInfo, Store
 
 log = logging.getLogger("dpo")
-
-FOLDER, MODELS = "evaluations", "models"
-
 
 Place = tuple[str, str]
 """The names of a model and of a suite."""
@@ -64,7 +60,7 @@ class SuiteRequest:
             own = {"model": source_digest(Path(model.path)), "tokens": model.tokens}
             for name in self.files:
                 of_suite = {"suite": name, "version": find(name).version, "data": data[name]}
-                keys[model.name, name] = digest_config(common | own | of_suite)
+                keys[model.name, name] = digest_json(common | own | of_suite)
         return keys
 
 
@@ -81,7 +77,6 @@ def suite_results(
     for place, result in computed.items():
         path = _path(workspace, place, request.keys[place])
         with disk_errors(workspace, "writing the result of a suite"):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, result.model_dump(mode="json"))
     both = cached | computed
     return {place: both[place] for place in request.keys}, set(cached)
@@ -102,13 +97,13 @@ def _compute(
         )
 
     # With the places, because two models of the same content have one key and still need two results.
-    key = digest_config([[place, request.keys[place]] for place in missing])
+    key = digest_json([[place, request.keys[place]] for place in missing])
     listed = run(key, job, PER_SUITE * len(missing))["results"]
     return dict(zip(missing, map(SuiteResult.model_validate, listed), strict=True))
 
 
 def _path(workspace: Path, place: Place, key: str) -> Path:
-    return workspace / FOLDER / f"{place[1]}-{key[:24]}.json"
+    return workspace / SUITE_RESULTS / f"{place[1]}-{key[:24]}.json"
 
 
 def _version(package: str) -> str | None:
@@ -171,8 +166,8 @@ def trained_rows(spec: str, workspace: Path) -> Path | None:
         return None
     stages = {row.name: row for row in report_of(name, workspace).stages}
     row = stages.get(GATES["pairs"].name) or stages.get(GATES["unpaired"].name)
-    table = Path(str(row.uri).removeprefix("file://")) / "data.parquet" if row else None
-    return table if table and table.is_file() else None
+    folder = path_of(row.uri or "") if row else None
+    return folder / "data.parquet" if folder and (folder / "data.parquet").is_file() else None
 
 
 def objective_of(spec: str, workspace: Path) -> str:
@@ -189,22 +184,15 @@ def objective_of(spec: str, workspace: Path) -> str:
 
 def _converted(spec: str, source: Path, workspace: Path, run: RunJob) -> Path:
     """Convert a model to a checkpoint folder, or return the folder of an earlier conversion."""
-    folder = workspace / MODELS / source_digest(source)[:24]
-    checksum_file = folder.with_suffix(".json")
-    checksum = read_checked(checksum_file, "the model is converted again")
-    if checksum is None or not folder.is_dir() or digest_folder(folder) != checksum:
-        with disk_errors(workspace, "converting a model"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-            try:
-                model, out = ModelConfig(name=spec), str(temporary)
-                run(source_digest(source), lambda fields: ImportJob(**fields, model=model, out=out), 1)
-                if folder.exists() or folder.is_symlink():
-                    if checksum is not None:
-                        log.warning("the converted model %s is damaged; it is converted again", folder)
-                    remove(folder)
-                os.replace(temporary, folder)
-                write_checked(checksum_file, digest_folder(folder))
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    store, source_sha256 = Store(workspace), source_digest(source)
+    config = digest_json({"source": source_sha256})
+    key = stage_key(CONVERT_MODEL, 1, config, [])
+    with store.lock(CONVERT_MODEL, key):
+        manifest = store.lookup(CONVERT_MODEL, key)
+        if manifest is None:
+            out = store.begin(CONVERT_MODEL, key) / "out"
+            model = ModelConfig(name=spec)
+            run(source_sha256, lambda fields: ImportJob(**fields, model=model, out=str(out)), 1)
+            facts = ModelFacts(weights_sha256=weights_digest(out)).as_extra()
+            manifest = store.commit(CONVERT_MODEL, key, out, ArtifactInfo("model", 1, config, extra=facts))
+    return manifest.path

@@ -17,7 +17,7 @@ from dpo_core.redaction import redact
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.system import write_atomic
 from expectations.report import GateReport
-from tasks.promotion.champion import Champion
+from tasks.promotion.model_source import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import (
@@ -193,13 +193,16 @@ def _note(document: Document, report: RunReport, page: str) -> str:
 
 
 def headline_metrics(report: RunReport) -> dict[str, float]:
-    """The numbers that compare runs, with the names that the evaluation uses: `gain/dpo`."""
+    """The numbers that compare runs, with the names that the evaluation uses: `gain/dpo`, and the candidate's
+    gain as `gain`, the same name in every recipe."""
     metrics: dict[str, float] = {}
     rows = report.evaluation.policies if report.evaluation else []
     keys, shown = metric_keys(row.name for row in rows), PolicyRow.shown()
     for row in rows:
         values = {name: value for name, value in row.values().items() if shown[name].headline}
         metrics |= {f"{name}/{keys[row.name]}": value for name, value in values.items()}
+        if row.name == report.candidate and "gain" in values:
+            metrics["gain"] = values["gain"]
     for name in ("seconds", "tokens_trained", "flops", "peak_memory_bytes"):
         value = getattr(report.cost, name, None)
         if value is not None:
@@ -238,7 +241,7 @@ def _register(
         "dpo.ref_digest": weights_sha256(reference),
     }
     tags = {key: value for key, value in tags.items() if value}
-    version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=tags)
+    version = register_model(tracker, name, model.path, alias=recipe.registry.alias, tags=tags)
     return ModelRow(
         name=name, version=version, alias=recipe.registry.alias, uri=model.uri, sha256=model.sha256
     )

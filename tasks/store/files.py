@@ -12,17 +12,21 @@ from urllib.parse import unquote, urlsplit
 
 from dpo_core.errors import RecipeError, StageFailed
 
+# Names in a workspace: of the folders of its caches, and of the stage of converted models in its store.
 CACHE_FOLDER = "reference_cache"
-"""Folder of a workspace that holds the caches of reference log-probs."""
+SUITE_RESULTS = "evaluations"
+REPLIES = "judgements"
+CONVERT_MODEL = "convert-model"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NOTHING_FREE = 2**20  # bytes
 _WRITABLE = "Mount it writable again, after checking its device for faults."
 
 
-def path_of(uri: str) -> Path:
-    """The path of a `file://` URI."""
-    return Path(unquote(urlsplit(uri).path))
+def path_of(uri: str) -> Path | None:
+    """The path of a `file://` URI; None for another URI, and for a file of another machine."""
+    parts = urlsplit(uri)
+    return Path(unquote(parts.path)) if parts.scheme == "file" and not parts.netloc else None
 
 
 def open_workspace(workspace: str | Path) -> Path:
@@ -32,8 +36,7 @@ def open_workspace(workspace: str | Path) -> Path:
         RecipeError: the workspace is a remote URL or a file.
     """
     text = os.fspath(workspace)
-    if text.startswith("file://"):
-        text = str(path_of(text))
+    text = str(path_of(text) or text)
     if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise RecipeError(
             f"workspace {text} is a remote URL, but a workspace must be a mounted folder",

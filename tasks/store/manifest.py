@@ -3,22 +3,20 @@
 A manifest identifies an artifact (a folder of files) by the digest of its content, and records its origin.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import unquote, urlsplit
+from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, Field, JsonValue
+from pydantic import AwareDatetime, Field, JsonValue
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, StageFailed
-from dpo_core.system import digest_file
+from dpo_core.system import digest_file, digest_json
+from tasks.store.files import path_of
 
 # The digest in a plan of an artifact that does not exist yet.
 PLANNED = "0" * 64
@@ -83,37 +81,13 @@ class Manifest(Config):
         Raises:
             StageFailed: the URI is not a local one.
         """
-        parts = urlsplit(self.uri)
-        if parts.scheme != "file" or parts.netloc:
+        path = path_of(self.uri)
+        if path is None:
             raise StageFailed(
                 f"the {self.kind} at {self.uri} is not a folder on this machine",
                 "Start the run in a workspace on this machine",
             )
-        return Path(unquote(parts.path))
-
-
-def digest_config(config: Any) -> str:
-    """SHA-256 of the canonical JSON of a configuration.
-
-    Keys are sorted and spacing is fixed, so that the digest does not depend on the order of a recipe's lines
-    or on its comments. Takes a pydantic model, or dicts, lists, strings, numbers, booleans, None and paths.
-
-    Raises:
-        TypeError: a value has no JSON form.
-        ValueError: a number is NaN or infinite.
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, BaseModel):
-            return value.model_dump(mode="json")
-        if isinstance(value, os.PathLike):
-            return os.fspath(value)
-        raise TypeError(f"a {type(value).__name__} cannot be part of a configuration digest")
-
-    text = json.dumps(
-        config, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
-    )
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return path
 
 
 def list_files(folder: Path | str) -> dict[str, Path]:
@@ -155,7 +129,7 @@ def digest_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
 
 def digest_entries(files: Mapping[str, FileEntry]) -> str:
     """Digest of an artifact: SHA-256 over the sorted pairs (relative path, SHA-256 of the file)."""
-    return digest_config([[name, files[name].sha256] for name in sorted(files)])
+    return digest_json([[name, files[name].sha256] for name in sorted(files)])
 
 
 def digest_folder(folder: Path | str) -> str:
@@ -233,4 +207,4 @@ def stage_key(
             mapping from role to digest if roles matter (policy and reference).
     """
     digests = dict(inputs) if isinstance(inputs, Mapping) else sorted(inputs)
-    return digest_config([stage, stage_version, config_digest, digests])
+    return digest_json([stage, stage_version, config_digest, digests])

@@ -1,17 +1,14 @@
 """MLflow's model registry: register weights by reference, and find versions by alias, number or digest."""
 
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import mlflow
-from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
-from tasks.tracking.mlflow_calls import all_pages, create_if_missing
+from tasks.store.files import path_of
+from tasks.tracking.connection import all_pages, create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, cut
 from tasks.tracking.tracker import Tracker
 
@@ -19,26 +16,23 @@ from tasks.tracking.tracker import Tracker
 def register_model(
     tracker: Tracker,
     name: str,
-    folder: str,
-    parent_run: str | None = None,
+    folder: str | Path,
     alias: str = "challenger",
     tags: Mapping[str, str] | None = None,
 ) -> str:
     """Register weights by reference, without uploading them; returns the version.
 
-    The version's tag `dpo.weights_uri` holds the URI, and so does its source. Servers accept no local paths
-    as a source; there the source is the logged model. The same weights of the same run are registered once.
+    The version's tag `dpo.weights_uri` says where they are. The same weights of the same run are registered
+    once.
 
     Args:
-        folder: path or URI of the weights.
-        parent_run: id of the MLflow run that trained them; default: the tracker's own run.
+        folder: the weights of the tracker's run.
 
     Raises:
         StageFailed: MLflow does not answer.
         RecipeError: MLflow rejects the request.
     """
-    run_id = parent_run or tracker.run_id
-    uri = folder if "://" in folder else Path(folder).absolute().as_uri()
+    run_id, uri = tracker.run_id, Path(folder).absolute().as_uri()
     all_tags = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
 
     def register(client: Any) -> str:
@@ -49,8 +43,9 @@ def register_model(
         if same:
             version = str(same[0])
         else:
-            model_id = _logged_model(client, tracker.uri, name, uri, run_id, all_tags)
-            version = _new_version(client, name, uri, run_id, all_tags, model_id)
+            # Servers accept no local path as a source.
+            source = f"runs:/{run_id}/weights"
+            version = str(client.create_model_version(name, source, run_id, all_tags).version)
         client.set_registered_model_alias(name, alias, version)
         return version
 
@@ -77,39 +72,8 @@ def version_with(tracker: Tracker, name: str, sha256: str) -> Any | None:
 
 def _exists(version: Any) -> bool:
     """Whether a version's files exist; True without a check if its URI is not a local one."""
-    parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
-    return parts.scheme != "file" or Path(unquote(parts.path)).is_dir()
-
-
-def _new_version(client: Any, name: str, uri: str, run_id: str, tags: dict[str, str], model_id: str) -> str:
-    facts = {"run_id": run_id, "tags": tags, "model_id": model_id}
-    try:
-        return str(client.create_model_version(name, uri, **facts).version)
-    except MlflowException as error:
-        if error.error_code != "INVALID_PARAMETER_VALUE":
-            raise
-        return str(client.create_model_version(name, f"models:/{model_id}", **facts).version)
-
-
-def _logged_model(
-    client: Any, tracking_uri: str, name: str, uri: str, run_id: str, tags: dict[str, str]
-) -> str:
-    """Id of the run's logged model for these weights. One that a killed process left unready is replaced."""
-    experiment = client.get_run(run_id).info.experiment_id
-    for logged in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-        if logged.tags.get("dpo.weights_uri") == uri:
-            if logged.status == LoggedModelStatus.READY:
-                return str(logged.model_id)
-            client.delete_logged_model(logged.model_id)
-    mlflow.set_tracking_uri(tracking_uri)  # create_external_model reads only the global address
-    model = mlflow.create_external_model(
-        name=re.sub(r"[/:.%\"']", "-", name),
-        source_run_id=run_id,
-        tags=tags,
-        model_type="dpo-policy",
-        experiment_id=experiment,
-    )
-    return str(model.model_id)
+    path = path_of(version.tags.get("dpo.weights_uri", ""))
+    return path is None or path.is_dir()
 
 
 def version_of(tracker: Tracker, name: str, alias: str) -> Any | None:

@@ -1,75 +1,85 @@
 """Records an alignment in MLflow: one parent run per alignment, one child run per stage.
 
-After the parent run is created, every write goes through the retry queue, so that an outage only delays it.
+MLflow must answer when the parent run is created. After that an outage only delays what is recorded: at the
+end of each stage and of the run, what MLflow does not have is saved in the workspace, and the next run of the
+workspace, or the resumed one, sends it:
+
+    tracking_outbox/<parent run>/<stage>.json   what one run lacks, see `mlflow_run.Unsent`
+    tracking_outbox/<parent run>/files/         copies of the files that it lacks
 """
 
 import json
 import logging
-import os
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import yaml
-from mlflow import MlflowClient
 
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.checked_json import read_checked, write_checked
+from dpo_core.errors import RecipeError
 from tasks.provenance import environment, source_tags
 from tasks.recipe.sections import TrackingConfig
-from tasks.signals import signals_deferred
-from tasks.store.files import disk_fault, open_workspace
+from tasks.store.files import open_workspace
 from tasks.store.manifest import Manifest
-from tasks.tracking.database import make_database
-from tasks.tracking.mlflow_calls import create_if_missing
-from tasks.tracking.mlflow_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
-from tasks.tracking.outbox import (
-    FOLDER,
-    PATIENCE,
-    Outbox,
-    Write,
-    one_line,
-    read_saved,
-    remove_saved,
-    saved_folders,
+from tasks.tracking.connection import (
+    RUN_PATIENCE,
+    START_PATIENCE,
+    Connection,
+    create_if_missing,
+    resolve_uri,
+)
+from tasks.tracking.mlflow_run import (
+    STAGE_TAG,
+    TAG_CHARS,
+    StageRun,
+    TrackedRun,
+    Unsent,
+    clean_key,
+    cut,
+    flatten,
 )
 
 log = logging.getLogger(__name__)
 terminal = logging.getLogger("dpo")
 T = TypeVar("T")
 
+PATIENCE = {"FINISHED": 30.0, "FAILED": 30.0, "KILLED": 5.0}  # seconds to wait for MLflow when a run ends
+FOLDER = "tracking_outbox"
 _HEADLINE_PARAMS = 200
-# Without this tag MLflow's UI may show the experiment as one of prompts and traces.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-_START_PATIENCE = 30.0
-_STAGE_TAG = "dpo.stage"
-_RUN_PATIENCE = 180.0
-
-
-def resolve_uri(config: TrackingConfig, workspace: Path) -> str:
-    """The tracking URI as an absolute one, independent of the working directory.
-
-    Raises:
-        RecipeError: it names MLflow's file store, which MLflow dropped in 3.13, or the workspace's path
-            contains a character that a URI cannot contain.
-    """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri and "?" in str(workspace.absolute()):
-        raise RecipeError(
-            f"the workspace's path, {workspace}, contains a question mark, which would end the address of "
-            "its tracking database",
-            "Choose another workspace, or set tracking.uri or MLFLOW_TRACKING_URI",
-        )
-    uri = uri or f"sqlite:///{workspace / 'mlflow.db'}"
-    if ("://" not in uri and uri != "databricks") or uri.startswith("file:"):
-        raise RecipeError(
-            f"tracking URI {uri} is a folder, which MLflow no longer writes to",
-            "Use sqlite:///<absolute path>.db or the http:// URL of an MLflow server, or remove the setting.",
-        )
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri
+VIEW = "dpo"
+"""Name of a shared view of each experiment: `?viewStateShareKey=dpo` at the end of its address in the UI."""
+# MLflow's UI keeps the columns of its table of runs in the browser; others see them only in a shared view.
+_VIEW_STATE = {
+    "selectedColumns": ["tags.`dpo.verdict`", "metrics.`gain`"],
+    "columnOrder": [],
+    "columnWidths": {},
+    "runsExpanded": {},
+    "runsPinned": [],
+    "runsHidden": [],
+    "runsVisibilityMap": {},
+    "runsHiddenMode": "FIRST_10_RUNS",
+    "viewMaximized": False,
+    "runListHidden": False,
+    "isAccordionReordered": False,
+    "useGroupedValuesInCharts": True,
+    "hideEmptyCharts": True,
+    "groupBy": None,
+    "groupsExpanded": {},
+    "autoRefreshEnabled": True,
+    "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+}
+_EXPERIMENT_TAGS = {
+    # Without this tag MLflow's UI may show the experiment as one of prompts and traces.
+    "mlflow.experimentKind": "custom_model_development",
+    f"mlflow.sharedViewState.{VIEW}": json.dumps(_VIEW_STATE),
+}
 
 
 class Tracker:
@@ -82,8 +92,8 @@ class Tracker:
     def __init__(self, config: TrackingConfig, workspace: str | Path) -> None:
         self.workspace = open_workspace(workspace)
         self.uri = resolve_uri(config, self.workspace)
+        self.connection = Connection(self.uri, self.workspace)
         self._config = config
-        self._client: Any = None
         self.run_id = ""
         self.run_name = ""
         self.experiment_id = ""
@@ -115,7 +125,6 @@ class Tracker:
             StageFailed: MLflow does not answer.
             RecipeError: the run `run_id` does not exist, or the database cannot be used.
         """
-        self._connect()
         self.run_name = name
         experiment = self._config.experiment or f"dpo/{recipe.get('name') or name}"
         every = {**self._config.tags, **(tags or {}), **source_tags()}
@@ -123,77 +132,100 @@ class Tracker:
             every["mlflow.note.content"] = description
         every = {clean_key(key): cut(value, TAG_CHARS) for key, value in every.items()}
 
-        def open_run() -> Any:
-            known = run_id or (self._opened_before(experiment, every) if reopen else None)
+        def open_run(client: Any) -> Any:
+            known = run_id or (self._opened_before(client, experiment, every) if reopen else None)
             if known is None:
-                return self._client.create_run(self._experiment(experiment), tags=every, run_name=name).info
-            info = self._client.get_run(known).info
-            self._client.update_run(known, status="RUNNING")
+                return client.create_run(self._experiment(client, experiment), tags=every, run_name=name)
+            run = client.get_run(known)
+            client.update_run(known, status="RUNNING")
             with suppress(Exception):  # the tag may not exist
-                self._client.delete_tag(known, "dpo.error")
-            for key, value in every.items():
-                self._client.set_tag(known, key, value)
-            self._unfinished = self._stages_without_end(info)
-            return info
+                client.delete_tag(known, "dpo.error")
+            self._unfinished = self._stages_without_end(client, run.info)
+            return run
 
-        what = f"run {run_id}" if run_id else f"experiment {experiment}"
         self._send_saved(run_id)
-        info = self._must(what, open_run)
-        self.run_id, self.experiment_id = info.run_id, info.experiment_id
-        self.parent = TrackedRun(self._client, self._outbox, self.run_id, info.start_time)
-        self._outbox.folder = self.workspace / FOLDER / self.run_id
+        run = self.ask(f"run {run_id}" if run_id else f"experiment {experiment}", open_run)
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        unsent = Unsent(run_id=self.run_id, start_ms=run.info.start_time)
+        self.parent = TrackedRun(self.connection, unsent, self._keep_file)
+        self.ask("the run's metrics", lambda _: self.parent.read_points(run))
         opened(self.run_id)
-        self.parent.text(
-            yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "config/recipe.yaml"
-        )
-        self.parent.text(json.dumps(environment(), indent=1), "environment.json")
+        self.ask("the recipe", lambda client: self._log_texts(client, recipe))
+        self.parent.tags(every)
         facts = {key: value for key, value in recipe.items() if key != "description"}
         settings = {key: value for key, value in flatten(facts).items() if value is not None}
         headline = sorted(settings, key=lambda key: key.count("."))[:_HEADLINE_PARAMS]
         self.parent.params({key: settings[key] for key in headline})
         return self.run_id
 
+    def _log_texts(self, client: Any, recipe: Mapping[str, Any]) -> None:
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+        client.log_text(self.run_id, text, "config/recipe.yaml")
+        client.log_text(self.run_id, json.dumps(environment(), indent=1), "environment.json")
+
     def finish_parent(self, status: str = "FINISHED") -> None:
-        """End the parent run with FINISHED, FAILED or KILLED; logs a warning if some writes were not sent."""
+        """End the parent run with FINISHED, FAILED or KILLED; logs a warning if MLflow lacks something."""
         self.parent.end(status)
-        if self._outbox.drain(PATIENCE[status]) and self._outbox.delay_s >= 1:
-            self.parent.tag("dpo.tracking_delay_s", round(self._outbox.delay_s))
-        safe = self._save()
-        if self._outbox.queue:
-            waiting = sorted({write.what for write in self._outbox.queue})
-            log.warning(
-                "MLflow at %s did not accept %d writes (%s); the artifacts are complete, and %s",
-                self._outbox.place,
-                len(self._outbox.queue),
-                cut(", ".join(waiting), 500),
-                f"the next run of this workspace, or --resume {self.run_name}, sends the writes saved in "
-                f"{self._outbox.folder}"
-                if safe
-                else "these writes are lost: they could not be saved to disk either",
-            )
+        deadline = time.monotonic() + PATIENCE[status]
+        runs = [*self._stages, self.parent]
+        while not all(run.send(force=True) for run in runs):
+            if time.monotonic() > deadline or self.connection.disk_fault:  # waiting does not free disk space
+                break
+            time.sleep(0.5)
+        unsaved = [run for run in runs if not self._save(run)]
+        if not unsaved and not any(self._outbox.glob("*.json")):
+            _remove(self._outbox)
+            return
+        log.warning(
+            "MLflow at %s did not accept all writes; the artifacts are complete, and %s",
+            self.connection.place,
+            "these writes are lost: they could not be saved to disk either"
+            if unsaved
+            else f"the next run of this workspace, or --resume {self.run_name}, sends the writes saved in "
+            f"{self._outbox}",
+        )
 
-    def _save(self) -> bool:
-        return self._outbox.save(lambda run: run is self.parent or run in self._stages)
+    @contextmanager
+    def child(self, stage: str, *, tags: Mapping[str, str] | None = None) -> Iterator[StageRun]:
+        """The child run of a stage; a resume reopens the existing one.
 
-    def _send_saved(self, resumed: str | None) -> None:
-        """Send the saved writes of this workspace's earlier runs, before anything new."""
-        for folder in saved_folders(self.workspace):
-            parent = TrackedRun(self._client, self._outbox, folder.name)
-            runs: dict[str, TrackedRun] = {"": parent}
-            saved = read_saved(folder, self._outbox.place)
-            if saved is None:
-                continue
-            # A resumed run repeats its parent's writes and has no end yet: skip them.
-            writes = [w for w in saved if not (folder.name == resumed and w["stage"] == "")]
-            if writes:
-                terminal.info("sending %d MLflow writes that an earlier run could not send", len(writes))
-            for facts in writes:
-                stage = facts["stage"]
-                run = runs.setdefault(stage, StageRun(self._client, self._outbox, stage, None))
-                run.run_id = run.run_id or facts["run_id"]  # None if the stage's run was never created
-                self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
-            if self._outbox.drain():
-                remove_saved(folder)
+        It ends as FINISHED, as FAILED if the stage raises (the message is in the tag `dpo.error`), or as
+        KILLED if the stage is interrupted. The stage's exception is re-raised unchanged.
+        """
+        start = int(time.time() * 1000)  # even if MLflow is away now
+        unsent = Unsent(self.experiment_id, self.run_id, stage, start_ms=start)
+        run = StageRun(self.connection, unsent, self._keep_file)
+        self._stages.append(run)
+        run.tags(tags or {})
+        try:
+            yield run
+        except BaseException as error:
+            # Interrupts and the signals of orchestrators are BaseExceptions, not Exceptions.
+            run.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
+            raise
+        else:
+            run.close("FINISHED")
+        finally:
+            self._save(run)
+
+    def close_stage(
+        self,
+        stage: str,
+        artifact: Manifest,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        """End the child run of a stage whose artifact exists but which did not end its run itself.
+
+        The process was killed after it stored the artifact, the disk failed at that moment, or another run
+        made the artifact since. Does nothing if the stage had no unfinished run when the parent was opened.
+        """
+        if stage not in self._unfinished:
+            return
+        self._unfinished.discard(stage)
+        with self.child(stage) as run:
+            run.params(params or {})
+            run.metrics_from_jsonl(artifact.path / "metrics.jsonl")
+            run.record_artifact(artifact)
 
     def close_killed(self, run_id: str | None, reason: str) -> bool:
         """Set a killed run and its child runs from RUNNING to KILLED; False if MLflow does not have the run.
@@ -218,53 +250,6 @@ class Tracker:
             return False
         return True
 
-    @contextmanager
-    def child(
-        self, stage: str, *, total_steps: int | None = None, tags: Mapping[str, str] | None = None
-    ) -> Iterator[StageRun]:
-        """The child run of a stage; a resume reopens the existing one.
-
-        It ends as FINISHED, as FAILED if the stage raises (the message is in the tag `dpo.error`), or as
-        KILLED if the stage is interrupted. The stage's exception is re-raised unchanged.
-        """
-        run = StageRun(self._client, self._outbox, stage, total_steps)
-        self._stages.append(run)
-        run.open(
-            self.experiment_id,
-            self.run_id,
-            {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()},
-        )
-        try:
-            yield run
-        except BaseException as error:
-            # Interrupts and the signals of orchestrators are BaseExceptions, not Exceptions.
-            run.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
-            raise
-        else:
-            run.close("FINISHED")
-        finally:
-            self._save()
-
-    def close_stage(
-        self,
-        stage: str,
-        artifact: Manifest,
-        params: Mapping[str, Any] | None = None,
-        total_steps: int | None = None,
-    ) -> None:
-        """End the child run of a stage whose artifact exists but which did not end its run itself.
-
-        The process was killed after it stored the artifact, the disk failed at that moment, or another run
-        made the artifact since. Does nothing if the stage had no unfinished run when the parent was opened.
-        """
-        if stage not in self._unfinished:
-            return
-        self._unfinished.discard(stage)
-        with self.child(stage, total_steps=total_steps) as run:
-            run.params(params or {})
-            run.metrics_from_jsonl(artifact.path / "metrics.jsonl")
-            run.record_artifact(artifact)
-
     def ask(self, what: str, call: Callable[[Any], T]) -> T:
         """Call `call` with MLflow's client and return its result; repeats the call during an outage.
 
@@ -272,113 +257,95 @@ class Tracker:
             StageFailed: MLflow does not answer.
             RecipeError: MLflow rejects the request.
         """
-        self._connect()
-        return self._must(what, lambda: call(self._client))
+        # In the middle of a run, work would be lost: wait longer.
+        return self.connection.must(what, call, RUN_PATIENCE if self.run_id else START_PATIENCE)
 
     def describe_version(self, name: str, version: str, text: str) -> None:
-        """Set the Markdown description of a registered version."""
-        text = cut(text, TAG_CHARS)
-        what = f"description of {name} {version}"
-        self._outbox.put(Write(what, self.parent, "send_description", [name, version, text]))
+        """Set the Markdown description of a registered version, if MLflow answers."""
+        update = self.connection.client.update_model_version
+        self.connection.attempt("a description", lambda: update(name, version, cut(text, TAG_CHARS)))
 
-    def _opened_before(self, experiment: str, tags: Mapping[str, str]) -> str | None:
-        known = self._client.get_experiment_by_name(experiment)
+    # What MLflow lacks, on disk -----------------------------------------------------------------------------
+
+    @property
+    def _outbox(self) -> Path:
+        return self.workspace / FOLDER / self.run_id
+
+    def _save(self, run: TrackedRun) -> bool:
+        """Save what MLflow lacks of a run; False if it would be lost with this process."""
+        path = self._outbox / f"{quote(run.unsent.stage, safe='') or 'parent'}.json"
+        try:
+            if run.complete:
+                path.unlink(missing_ok=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_checked(path, {"place": self.connection.place, "unsent": asdict(run.unsent)})
+        except OSError as error:
+            log.warning("MLflow writes could not be saved in %s: %s", path, error)
+            return False
+        return True
+
+    def _keep_file(self, path: Path) -> Path:
+        copy = self._outbox / "files" / uuid.uuid4().hex[:8] / path.name
+        try:
+            copy.parent.mkdir(parents=True)
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
+        except OSError as error:
+            log.warning("%s could not be copied for MLflow: %s", path, error)
+            return path
+        return copy
+
+    def _send_saved(self, resumed: str | None) -> None:
+        """Send what MLflow lacks of this workspace's earlier runs."""
+        for folder in sorted((self.workspace / FOLDER).glob("*")):
+            for path in sorted(folder.glob("*.json")):
+                saved = read_checked(path, "MLflow will not get what is in it")
+                if saved is None or saved["place"] != self.connection.place:
+                    continue
+                # A resumed run repeats what its parent lacks, and has no end yet.
+                repeated = folder.name == resumed and not saved["unsent"]["stage"]
+                if not repeated:
+                    terminal.info("sending MLflow what it lacks of an earlier run: %s", path)
+                if repeated or TrackedRun(self.connection, Unsent(**saved["unsent"])).send():
+                    path.unlink(missing_ok=True)
+            if not any(folder.glob("*.json")):
+                _remove(folder)
+
+    # MLflow's runs and experiments --------------------------------------------------------------------------
+
+    def _opened_before(self, client: Any, experiment: str, tags: Mapping[str, str]) -> str | None:
+        known = client.get_experiment_by_name(experiment)
         if known is None or "dpo.run" not in tags:
             return None
-        query = f"tags.`dpo.run` = '{tags['dpo.run']}'"
-        runs = self._client.search_runs([known.experiment_id], query)
+        runs = client.search_runs([known.experiment_id], f"tags.`dpo.run` = '{tags['dpo.run']}'")
         # Child runs have the tag too.
-        return next((run.info.run_id for run in runs if _STAGE_TAG not in run.data.tags), None)
+        return next((run.info.run_id for run in runs if STAGE_TAG not in run.data.tags), None)
 
-    def _stages_without_end(self, parent: Any) -> set[str]:
+    def _stages_without_end(self, client: Any, parent: Any) -> set[str]:
         query = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status != 'FINISHED'"
-        runs = self._client.search_runs([parent.experiment_id], query, max_results=1000)
-        return {run.data.tags[_STAGE_TAG] for run in runs if _STAGE_TAG in run.data.tags}
+        runs = client.search_runs([parent.experiment_id], query, max_results=1000)
+        return {run.data.tags[STAGE_TAG] for run in runs if STAGE_TAG in run.data.tags}
 
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "1")
-        # MLflow's own seven retries block a call for minutes; the retry queue waits instead.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        # It logs the traceback of each error that it raises; the retry queue logs one line.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        try:
-            make_database(self.uri)
-        except OSError as error:
-            raise RecipeError(
-                f"the tracking database's folder {error.filename} is not writable: {error.strerror}",
-                "Make it writable, or set tracking.uri.",
-            ) from error
-        client = self._unlocked(
-            lambda: MlflowClient(self.uri, os.environ.get("MLFLOW_REGISTRY_URI") or self.uri)
-        )
-        self._outbox = Outbox(self.uri, lambda: client.search_experiments(max_results=1))
-        self._client = client
-
-    def _unlocked(self, opened: Callable[[], T]) -> T:
-        """Open MLflow's client; wait if another process has locked the SQLite file, which opening reads."""
-        deadline = time.monotonic() + _START_PATIENCE
-        while True:
-            try:
-                with signals_deferred():
-                    return opened()
-            except Exception as error:
-                if "database is locked" not in str(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise StageFailed(
-                        f"the tracking database {self.uri} is locked by another process",
-                        "End the run or program that holds the lock, then resume the run.",
-                    ) from error
-                time.sleep(0.5)
-
-    def _experiment(self, name: str) -> str:
-        experiment = self._client.get_experiment_by_name(name)
+    def _experiment(self, client: Any, name: str) -> str:
+        experiment = client.get_experiment_by_name(name)
         if experiment is None:
             # Without a server MLflow would put artifacts below the working directory.
             local = "://" in self.uri and not self.uri.startswith("http")
             location = (self.workspace / "mlartifacts").as_uri() if local else None
-            create_if_missing(lambda: self._client.create_experiment(name, location, dict(_EXPERIMENT_TAGS)))
-            experiment = self._client.get_experiment_by_name(name)
+            create_if_missing(lambda: client.create_experiment(name, location))
+            experiment = client.get_experiment_by_name(name)
         if experiment.lifecycle_stage != "active":
             raise RecipeError(
                 f"the experiment {name} was deleted in MLflow",
                 f"Restore it (mlflow experiments restore -x {experiment.experiment_id}) or use another name.",
             )
+        for key, value in _EXPERIMENT_TAGS.items():
+            if experiment.tags.get(key) != value:
+                client.set_experiment_tag(experiment.experiment_id, key, value)
         return str(experiment.experiment_id)
 
-    def _must(self, what: str, call: Callable[[], T]) -> T:
-        """Make a call whose answer is needed now; waits for MLflow for a limited time."""
-        # In the middle of a run, work would be lost: wait longer.
-        deadline = time.monotonic() + (_RUN_PATIENCE if self.run_id else _START_PATIENCE)
-        while True:
-            try:
-                with self._outbox.protected():
-                    return call()
-            except (RecipeError, StageFailed):
-                raise
-            except Exception as error:
-                if getattr(error, "error_code", "") == "UNAUTHENTICATED":
-                    raise RecipeError(
-                        f"MLflow at {self._outbox.place} requires a valid user name and password",
-                        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
-                    ) from error
-                if not self._outbox.is_outage(error):
-                    raise RecipeError(
-                        f"MLflow at {self._outbox.place} refused {what}: {one_line(error)}",
-                        "Check tracking.uri and the name in the message.",
-                    ) from error
-                if self.uri.startswith("sqlite:"):
-                    fault = disk_fault(error, self.workspace, f"recording {what} in MLflow")
-                    if fault:  # waiting does not free disk space
-                        raise fault from error
-                if time.monotonic() > deadline:
-                    raise StageFailed(
-                        f"MLflow at {self._outbox.place} does not answer: {one_line(error)[:300]}",
-                        "Start the server or correct tracking.uri, then resume the run.",
-                    ) from error
-                time.sleep(1)
+
+def _remove(outbox: Path) -> None:
+    shutil.rmtree(outbox, ignore_errors=True)
+    with suppress(OSError):  # other runs may have unsent writes
+        outbox.parent.rmdir()

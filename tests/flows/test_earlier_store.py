@@ -40,7 +40,8 @@ def test_the_store_is_whole_and_the_run_is_shown(earlier: Bench) -> None:
     assert {stage["name"] for stage in json.loads(shown.stdout)["stages"]} == STAGES, shown.stderr
     assert "dpo-tiny version 1" in earlier.dpo("show", RUN).stdout
     freed = json.loads(earlier.dpo("gc", "--dry-run", "--json").stdout)
-    assert (freed["kept"], freed["unused"], freed["held_back"], freed["entries"]) == ([RUN], [], [], 0)
+    assert freed["removed"] == []
+    assert (freed["kept"][0]["what"], freed["kept"][0]["why"]) == (f"run {RUN}", "newest")
 
 
 def test_a_run_with_the_same_settings_finds_its_stages_done(earlier: Bench) -> None:

@@ -29,10 +29,6 @@ def test_another_rate_beta_and_folder_compute_no_reference_log_prob(finished):
     before, facts = _facts(bench, first), _facts(own, report)
     assert before["computed"] == before["sequences"] > 0
     assert (facts["computed"], facts["from_cache"]) == (0, before["sequences"])
-    listed = json.loads(own.dpo("cache", "ls", "--workspace", str(own.workspace), "--json").stdout)
-    assert [one["entries"] for one in listed] == [before["sequences"]]
-    assert listed[0]["reference"]["weights_sha256"] == before["reference_weights"]
-    assert listed[0]["reference"]["model"].startswith("prepare-sft of tiny-")
 
 
 @pytest.mark.faults
@@ -44,9 +40,6 @@ def test_tampered_log_probs_are_found_and_computed_again(finished):
     values = bytearray((shards[0] / "values.npy").read_bytes())
     values[-2] ^= 1
     (shards[0] / "values.npy").write_bytes(values)
-    checked = own.dpo("cache", "verify", "--workspace", str(own.workspace))
-    assert checked.returncode == 4
-    assert str(shards[0]) in checked.stdout
     done = own.dpo("run", str(own.recipe), "--json")
     assert done.returncode == 0, done.stderr
     assert "its entries are computed again" in done.stderr
@@ -55,4 +48,3 @@ def test_tampered_log_probs_are_found_and_computed_again(finished):
     # The same bits as before, so that the training after it need not run again.
     assert {name for name, state in own.states(report).items() if state == "ran"} == {"cache-reference"}
     assert report["evaluation"] == first["evaluation"]
-    assert own.dpo("cache", "verify", "--workspace", str(own.workspace)).returncode == 0

@@ -80,10 +80,10 @@ def test_other_weights_are_imported_and_the_same_by_another_name_are_not(
     tracker = _tracker(bench)
 
     def make_champion(policy: str) -> None:
-        uri = made_by(first, policy).as_uri()
-        tags = {"dpo.artifact_sha256": digest_folder(made_by(first, policy))}
-        mlflow_id = second["run"]["mlflow_run_id"]
-        register_model(tracker, "dpo-tiny", uri, parent_run=mlflow_id, alias="champion", tags=tags)
+        folder = made_by(first, policy)
+        tracker.run_id = second["run"]["mlflow_run_id"]
+        tags = {"dpo.artifact_sha256": digest_folder(folder)}
+        register_model(tracker, "dpo-tiny", folder, alias="champion", tags=tags)
 
     for name in (CHAMPION, f"models:/dpo-tiny/{version}", f"runs:/{run}", f"runs:/{run}/dpo"):
         assert import_state(bench, name) == "cached"

@@ -9,7 +9,6 @@ almost equal scores; `precision: fp32` takes twice the time.
 Data: HH, HHH alignment, LLMBar (five parts), PandaLM. A pair that people judged equal counts as half right.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import sample_prompts
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.statistics.estimates import Estimate, Floats, bootstrap_statistic
+from dpo_core.system import digest_text
 
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import ModelUnderTest
@@ -223,7 +223,7 @@ def _canonical(pair: PairFields, chat: bool) -> dict[str, Any]:
 
 
 def _prompt_of(row: Labelled) -> str:
-    return hashlib.sha256(row.pair.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return digest_text(row.pair.prompt)[:16]
 
 
 # --- data -------------------------------------------------------------------------------------------------

@@ -17,9 +17,7 @@ from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, ski
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
 from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import list_runs
-from tasks.tracking.database import begin_writing
-from tasks.tracking.outbox import one_line
-from tasks.tracking.tracker import resolve_uri
+from tasks.tracking.connection import begin_writing, one_line, resolve_uri
 
 _NEWEST = 10
 

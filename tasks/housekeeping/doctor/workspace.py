@@ -14,14 +14,13 @@ from dpo_core.errors import DpoError
 from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 from tasks.housekeeping.garbage_collection import free
 from tasks.promotion.finished_run import registries_of
-from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
+from tasks.promotion.ledger import ALIAS, Ledger, registered_models
 from tasks.promotion.model_source import version_title, weights_of
 from tasks.runs.record import RunRecord, list_runs, read_records
 from tasks.runs.references import read_references
-from tasks.store.files import require_writable
+from tasks.store.files import require_writable, size_of
 from tasks.store.manifest import Manifest
 from tasks.store.store import Store
-from tasks.tracking.mlflow_calls import all_pages
 from tasks.tracking.registry import version_of
 
 _LITTLE = 5 * 10**9  # a run of the demo stores 2 GB and needs as much again while it runs
@@ -177,12 +176,9 @@ def garbage(place: Path) -> Iterator[CheckResult]:
         yield skipped("store", "the store is empty")
         return
     could = free(place, dry_run=True)
-    size = sum(Store(place).usage().values())
+    size = size_of(place / "store" / "objects") + size_of(place / "work")
     says = f"{size / 1e9:.2f} GB, of which dpo gc would free {could.freed_bytes / 1e9:.2f} GB"
-    if could.held_back:
-        says = f"{says}; the unfinished run {could.held_back[0]} prevents that"
-        yield warning("store", says, "See: dpo gc --dry-run")
-    elif could.freed_bytes > max(size / 2, _LITTLE):
+    if could.freed_bytes > max(size / 2, _LITTLE):
         yield warning("store", says, "dpo gc --dry-run, then dpo gc")
     else:
         yield ok("store", says)
@@ -192,8 +188,7 @@ def champions(place: Path) -> Iterator[CheckResult]:
     """Aliases, ledger and weights of every registered model agree. The weights are not read."""
     check, count = "dpo promote --check", 0
     for tracker in registries_of(place, (run.tracking_uri for run in read_references(place))):
-        names = [m.name for m in tracker.ask("the models", lambda c: all_pages(c.search_registered_models))]
-        for name in (name for name in names if not name.endswith(SUFFIX)):
+        for name in (model.name for model in registered_models(tracker)):
             ledger, champion = Ledger(tracker, name), version_of(tracker, name, ALIAS)
             entries = ledger.read()
             count += 1

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import pytest
-
 from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.models.source import weights_digest
-from dpo_core.reference import keys, reference_key, sequence_key
+from dpo_core.reference import ReferenceFacts, sequence_key
 from tests.support.models.tiny import make_tiny_model
 
 
@@ -28,19 +26,13 @@ def test_the_key_of_a_sequence_sees_tokens_and_where_the_prompt_ends() -> None:
     assert sequence_key(base).hex() == "c97923ad0cb5e492c1f34e9c93d2badf"
 
 
-def test_the_key_of_a_cache_sees_weights_precision_attention_and_definition(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    base = reference_key("a", "fp32", "sdpa")
-    assert reference_key("a", "fp32", "sdpa") == base
-    others = [
-        reference_key("b", "fp32", "sdpa"),
-        reference_key("a", "bf16", "sdpa"),
-        reference_key("a", "fp32", "eager"),
-    ]
-    monkeypatch.setattr(keys, "DEFINITION_VERSION", keys.DEFINITION_VERSION + 1)
-    others.append(reference_key("a", "fp32", "sdpa"))
-    assert len({base, *others}) == 5
+def test_the_key_of_a_cache_sees_weights_precision_attention_and_definition() -> None:
+    base = ReferenceFacts(weights_sha256="a", precision="fp32", attention="sdpa")
+    changes = [
+        {"weights_sha256": "b"}, {"precision": "bf16"}, {"attention": "eager"}, {"definition_version": 99}
+    ]  # fmt: skip
+    assert len({base.key, *(base.model_copy(update=change).key for change in changes)}) == 5
+    assert base.model_copy(update={"model": "words for people"}).key == base.key
 
 
 def test_the_weights_digest_sees_one_weight_and_nothing_beside_the_model(tiny: Path, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError
+from dpo_core.temporary import this_process
 from flows.cli.run import show
 from tasks.runs.record import RunRecord, new_run, save_run
-from tasks.store.owner import this_process
 from tests.scenarios.bad_inputs import dpo
 from tests.support.reports.run_reports import decided, make_policies
 

@@ -143,6 +143,12 @@ def test_the_run_says_how_it_went(browser: Any, address: dict[str, str]) -> None
     assert console(browser) == []
 
 
+def test_the_table_of_runs_shows_verdict_and_gain(browser: Any, address: dict[str, str]) -> None:
+    browser.get(address["runs"])
+    shows(browser, REPORT.run.name, "dpo.verdict", verdict(REPORT).headline[:20], "gain", "0.523")
+    assert console(browser) == []
+
+
 def test_the_curves_of_a_stage_are_drawn(browser: Any, address: dict[str, str], workspace: Path) -> None:
     url = re.sub(r"/runs/\w+", f"/runs/{child_id(workspace, 'train_dpo')}/model-metrics", address["newest"])
     browser.get(url)

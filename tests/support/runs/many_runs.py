@@ -13,7 +13,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tasks.store.manifest import digest_config, digest_folder
+from dpo_core.system import digest_json
+from tasks.store.manifest import digest_folder
 from tests.support.runs.tiny_run import Bench
 
 OWN = ("train-dpo DPO", "evaluate")
@@ -64,8 +65,8 @@ def _artifact(workspace: Path, stage: dict[str, Any], number: int) -> tuple[str,
     (store / place).parent.mkdir(parents=True, exist_ok=True)
     made.rename(store / place)
     facts |= {"sha256": sha256, "uri": place}
-    key = digest_config([stage["name"], number])
-    entry = {"sha256": digest_config(facts), "manifest": facts}
+    key = digest_json([stage["name"], number])
+    entry = {"sha256": digest_json(facts), "manifest": facts}
     index.with_name(f"{key}.json").write_text(json.dumps(entry))
     return sha256, key
 
@@ -84,11 +85,6 @@ def _in_mlflow(database: Path, parent: str, count: int) -> list[str]:
             for name in ("runs", "tags", "params", "metrics", "latest_metrics")
         }
         mine["inputs"] = lambda row: row["destination_id"] in family
-        models = {
-            row["model_id"]
-            for row in _rows(connection, "logged_models", lambda r: r["source_run_id"] == parent)
-        }
-        mine["logged_models"] = mine["logged_model_tags"] = lambda row: row["model_id"] in models
         mine["model_versions"] = lambda row: row["run_id"] == parent
         versions = {row["version"] for row in _rows(connection, "model_versions", mine["model_versions"])}
         mine["model_version_tags"] = lambda row: row["version"] in versions
@@ -98,7 +94,7 @@ def _in_mlflow(database: Path, parent: str, count: int) -> list[str]:
             if name.startswith("model_version"):
                 row["version"] = last + 1 + repeat
 
-        named = _repeat(connection, mine, {*family, *models}, count, number)
+        named = _repeat(connection, mine, {*family}, count, number)
         return [names[parent] for names in named]
 
 

@@ -98,11 +98,6 @@ class World:
     def tags(self, version: str, name: str = NAME) -> dict[str, str]:
         return dict(self.client.get_model_version(name, version).tags)
 
-    def artifact(self, run_id: str, name: str) -> Path:
-        """An artifact of the run's MLflow parent."""
-        report = RunReport.model_validate_json(self.report_of(run_id).read_bytes())
-        return Path(self.client.download_artifacts(report.run.mlflow_run_id, name))
-
 
 class Ended(NamedTuple):
     """A command that ran in a process of its own."""
@@ -114,7 +109,7 @@ class Ended(NamedTuple):
 
 _WRITES = (
     "create_registered_model", "create_model_version", "delete_model_version", "set_model_version_tag",
-    "set_registered_model_alias", "delete_registered_model_alias", "log_text",
+    "set_registered_model_alias", "delete_registered_model_alias",
 )  # fmt: skip
 
 

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.store.manifest import Manifest, digest_config, digest_folder, stage_key
+from dpo_core.system import digest_json
+from tasks.store.manifest import Manifest, digest_folder, stage_key
 from tasks.store.store import ArtifactInfo, Store
 
 REPO = Path(__file__).resolve().parents[3]
-CONFIG = digest_config({"lr": 1e-6})
+CONFIG = digest_json({"lr": 1e-6})
 KEY = stage_key("sft", 1, CONFIG, [])
 INFO = ArtifactInfo("model", 1, CONFIG)
 

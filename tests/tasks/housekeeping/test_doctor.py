@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from dpo_core.temporary import Owner, this_process
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks
 from tasks.runs.record import RunRecord, read_records, save_run
-from tasks.store.owner import Owner, this_process
 from tests.support.runs.stored import REPO, make, python
 
 NOW = datetime.now(UTC)
@@ -167,10 +167,10 @@ def test_a_store_on_a_disk_of_its_own(tmp_path: Path) -> None:
 _BEGUN = """
 import sys, time
 from datetime import UTC, datetime
-from tasks.store.owner import this_process
+from dpo_core.temporary import this_process
 from tasks.runs.record import RunRecord, save_run
 record = RunRecord(run_id='cut', recipe='tiny', started_at=datetime.now(UTC), owner=this_process(),
-                   command='dpo run tiny', lists_stages=True)
+                   command='dpo run tiny')
 save_run(sys.argv[1], record)
 print('begun', flush=True)
 time.sleep(60)

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError
-from tasks.housekeeping.garbage_collection import free
+from dpo_core.system import digest_json
+from dpo_core.temporary import this_process
+from tasks.housekeeping.garbage_collection import Freed, free
 from tasks.promotion.promote import check, promote, rollback
 from tasks.runs.record import RunRecord, save_run
 from tasks.runs.references import record_lookup
-from tasks.store.manifest import digest_config
-from tasks.store.owner import this_process
 from tasks.store.store import ArtifactInfo, Store
 from tests.support.runs.promotions import NAME, World, dpo_killed
 from tests.support.runs.stored import CONFIG, REPO
@@ -63,7 +63,7 @@ def stores(draw: st.DrawFn) -> tuple[list[Result], list[PlannedRun], int]:
 
 
 def _key(number: int) -> str:
-    return digest_config(["stage", number])
+    return digest_json(["stage", number])
 
 
 def _build(folder: Path, results: list[Result], runs: list[PlannedRun]) -> list[str]:
@@ -96,7 +96,7 @@ def _build(folder: Path, results: list[Result], runs: list[PlannedRun]) -> list[
 
 
 def record(folder: Path, run_id: str, place: int = 0, status: str = "done", **changes: Any) -> None:
-    facts = {"lists_stages": True, "started_at": START + timedelta(hours=place)} | changes
+    facts = {"started_at": START + timedelta(hours=place)} | changes
     status = "done" if status == "study" else status
     save_run(folder, RunRecord(run_id=run_id, recipe="tiny", status=status, **facts))
 
@@ -142,6 +142,11 @@ def _folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def unused(freed: Freed) -> set[str]:
+    """The beginnings of the digests of removed artifacts."""
+    return {item.what.split()[1] for item in freed.removed if "/" not in item.what}
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stores())
 def test_what_a_kept_run_needs_stays_and_all_else_goes(
@@ -162,7 +167,7 @@ def test_what_a_kept_run_needs_stays_and_all_else_goes(
             digests[n] for n, result in enumerate(results) if result.content in _needed(results, runs, keep)
         }
         assert there == wanted
-        assert {artifact.sha256 for artifact in done.unused} == set(digests) - wanted
+        assert unused(done) == {digest[:16] for digest in set(digests) - wanted}
         for number, result in enumerate(results):
             manifest = store.lookup("made", _key(number))
             assert (manifest is not None) is (result.entry and digests[number] in wanted)
@@ -172,7 +177,7 @@ def test_what_a_kept_run_needs_stays_and_all_else_goes(
         )
 
         again = free(folder, keep=keep)
-        assert (again.unused, again.entries, again.leftovers, again.freed_bytes) == ([], 0, [], 0)
+        assert (again.removed, again.freed_bytes) == ([], 0)
 
 
 def test_scratch_is_kept_for_the_unfinished_run_alone(tmp_path: Path) -> None:
@@ -182,19 +187,11 @@ def test_scratch_is_kept_for_the_unfinished_run_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "work" / "made").iterdir()] == [_key(0)[:16]]
 
 
-def test_an_unfinished_run_of_an_older_version_holds_everything_until_it_is_let_go(tmp_path: Path) -> None:
-    _build(tmp_path, [Result(0, (), True)], [])
-    record(tmp_path, "old", status="failed", lists_stages=False)
-    held = free(tmp_path)
-    assert (held.held_back, held.unused) == (["old"], [])
-    assert [artifact.bytes for artifact in free(tmp_path, drop_runs=["old"]).unused] == [100]
-
-
-def test_a_record_that_nobody_can_read_holds_everything(tmp_path: Path) -> None:
-    _build(tmp_path, [Result(0, (), True)], [])
-    record(tmp_path, "torn")
-    (tmp_path / "runs" / "torn" / "run.json").write_text("{")
-    assert free(tmp_path).held_back == ["torn"]
+def test_a_run_whose_record_cannot_be_read_keeps_what_it_looked_up(tmp_path: Path) -> None:
+    _build(tmp_path, [Result(0, (), True), Result(1, (), True)], [PlannedRun(frozenset({0}), "done")])
+    (tmp_path / "runs" / "run-0" / "run.json").write_text("{")
+    assert len(unused(free(tmp_path, keep=0))) == 1
+    assert Store(tmp_path).lookup("made", _key(0)) is not None
 
 
 def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
@@ -202,7 +199,8 @@ def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
     runs = [PlannedRun(frozenset({number}), "done") for number in range(3)]
     _build(tmp_path, results, runs)
     done = free(tmp_path, keep=1, keep_runs=["run-0"], drop_runs=["run-2"])
-    assert (done.kept, done.let_go, len(done.unused)) == (["run-0"], ["run-1", "run-2"], 2)
+    assert [(item.what, item.why) for item in done.kept] == [("run run-0", "named")]
+    assert (done.dropped_runs, len(unused(done))) == (["run-1", "run-2"], 2)
 
 
 def test_a_run_at_work_is_not_let_go_and_a_name_must_be_known(tmp_path: Path) -> None:
@@ -222,7 +220,8 @@ def test_evaluated_models_stay(tmp_path: Path) -> None:
         store.commit("train", _key(number), source, about)
     (tmp_path / "evaluations" / "one").mkdir(parents=True)
     (tmp_path / "evaluations" / "one" / "report.json").write_text('{"models": [{"sha256": "bb"}]}')
-    free(tmp_path)
+    (kept,) = free(tmp_path).kept
+    assert kept.why == "evaluated"
     assert store.lookup("train", _key(0)) is None
     assert store.lookup("train", _key(1)) is not None
 
@@ -242,8 +241,13 @@ def test_what_a_rollback_needs_stays_and_older_champions_go(
         if number < 3:
             promote(tmp_path, f"run-{number}")
     assert world.aliases() == {"champion": "3", "previous-champion": "2", "challenger": "4"}
-    assert len(free(tmp_path, keep=0, dry_run=True).unused) == 1
-    assert len(free(tmp_path, keep=0).unused) == 1, "that of version 1"
+    done = free(tmp_path, keep=0)
+    assert [(item.what[-9:], item.why) for item in done.kept] == [
+        ("version 2", "previous-champion"),
+        ("version 3", "champion"),
+        ("version 4", "challenger"),
+    ]
+    assert len(unused(done)) == 1, "that of version 1"
     assert all(standing.sound for standing in check(tmp_path))
     assert rollback(tmp_path).champion == "2"
 
@@ -261,7 +265,7 @@ def test_a_promotion_that_was_cut_off_keeps_its_model(
     assert (killed.code, world.aliases()) == (-9, {})
     sha256 = report.model.sha256
     (tmp_path / "store" / "objects" / "model" / sha256[:2] / sha256).mkdir(parents=True)
-    assert free(tmp_path, keep=0).unused == []
+    assert unused(free(tmp_path, keep=0)) == set()
 
 
 def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
@@ -283,7 +287,7 @@ def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             run.wait(0.3)
     assert run.wait(20) == 0
-    assert free(tmp_path).unused == []
+    assert unused(free(tmp_path)) == set()
     assert store.lookup("made", _key(0)).sha256 == digests[0]  # type: ignore[union-attr]
 
 

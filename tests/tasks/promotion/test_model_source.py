@@ -10,8 +10,7 @@ from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import weights_digest
 from tasks.preflight import check_before_run
-from tasks.promotion.champion import find_champion
-from tasks.promotion.model_source import as_folder, pinned_name, resolve
+from tasks.promotion.model_source import as_folder, find_champion, pinned_name, resolve
 from tasks.promotion.promote import promote, rollback
 from tasks.recipe.read import load_recipe
 from tasks.recipe.sections import TrackingConfig

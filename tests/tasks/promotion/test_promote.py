@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.promotion.ledger import ChampionChange, Ledger
+from tasks.promotion.ledger import Ledger
 from tasks.promotion.promote import check, promote, rollback
 from tasks.reports.run_report import RunReport
 from tests.support.runs.promotions import NAME, World, dpo, dpo_at_once, dpo_killed
@@ -22,16 +22,12 @@ def test_a_promotion_is_recorded_where_people_look(world: World) -> None:
     world.run("second", f"{NAME} version 1")
     promote(world.workspace, "second")
     assert world.aliases() == {"champion": "2", "previous-champion": "1", "challenger": "2"}
-    first, second = world.tags("1"), world.tags("2")
-    assert (first["dpo.reason"], first["dpo.replaced"]) == ("the first that is fit", "none")
-    assert (second["dpo.decision"], second["dpo.forced"], second["dpo.replaced"]) == ("promote", "false", "1")
-    assert second["dpo.promoted_by"] == first["dpo.promoted_by"]
-    assert "@" in second["dpo.promoted_by"]
-    assert (first["dpo.replaced_by"], first["dpo.replaced_at"]) == ("2", second["dpo.promoted_at"])
-    change = ChampionChange.model_validate_json(world.artifact("second", "decision.json").read_bytes())
-    assert (change.run, change.replaced, change.after) == ("second", "1", 1)
-    assert change.decision
-    assert change.decision.reasons[0].rule == "max_kl"
+    assert world.tags("1")["dpo.promotion"].endswith(": the first that is fit")
+    (_, entry) = Ledger(world.tracker, NAME).read()
+    assert (entry.change.run, entry.change.replaced, entry.change.after) == ("second", "1", 1)
+    assert entry.change.decision
+    assert entry.change.decision.reasons[0].rule == "max_kl"
+    assert "@" in entry.change.by
     (ledger,) = [m for m in world.client.search_registered_models() if m.name != NAME]
     assert ledger.name == f"{NAME}.promotions"
     assert "promoted in place of version 1" in world.client.get_model_version(ledger.name, "2").description
@@ -52,13 +48,10 @@ def test_every_failed_rule_is_told_and_force_is_recorded_as_such(world: World) -
     assert "max_kl" not in refused.said
     assert world.aliases() == {"challenger": "1"}
     promote(world.workspace, "weak", force=True, reason="a demonstration")
-    tags = world.tags("1")
-    assert (tags["dpo.forced"], tags["dpo.decision"], tags["dpo.reason"]) == (
-        "true", "refuse", "a demonstration",
-    )  # fmt: skip
-    facts = json.loads(world.artifact("weak", "decision.json").read_text())
-    assert facts["forced"]
-    assert facts["overridden"] == ["min_gain: gain +0.01 [-0.02, 0.04]: not above 0"]
+    (entry,) = Ledger(world.tracker, NAME).read()
+    assert entry.change.forced
+    assert entry.change.overridden == ["min_gain: gain +0.01 [-0.02, 0.04]: not above 0"]
+    assert "promoted by force by" in world.tags("1")["dpo.promotion"]
 
 
 def test_force_without_need_is_no_force(world: World) -> None:
@@ -66,7 +59,6 @@ def test_force_without_need_is_no_force(world: World) -> None:
     standing = promote(world.workspace, "fit", force=True)
     assert standing.change
     assert not standing.change.forced
-    assert world.tags("1")["dpo.forced"] == "false"
 
 
 def test_a_decision_on_another_champion_does_not_count(world: World) -> None:
@@ -90,13 +82,9 @@ def test_rollback_brings_the_previous_champion_back(world: World) -> None:
         promote(world.workspace, run)
     standing = rollback(world.workspace, reason="c is rude")
     assert (standing.champion, standing.previous) == ("2", "1")
-    assert world.tags("3")["dpo.rolled_back_reason"] == "c is rude"
-    assert world.tags("2")["dpo.restored_at"] == world.tags("3")["dpo.rolled_back_at"]
-    assert world.tags("2")["dpo.replaced"] == "1", "what its promotion wrote stays"
-    facts = json.loads(world.artifact("b", "rollback.json").read_text())
-    assert (facts["kind"], facts["run"], facts["replaced"], facts["reason"]) == (
-        "rollback", "b", "3", "c is rude",
-    )  # fmt: skip
+    assert standing.change
+    assert (standing.change.run, standing.change.replaced) == ("b", "3")
+    assert world.tags("2")["dpo.promotion"].endswith(": c is rude")
     assert rollback(world.workspace, NAME).champion == "1", "a second one goes further back, not to c"
     with pytest.raises(PromotionRefused, match="no previous champion"):
         rollback(world.workspace)
@@ -144,9 +132,9 @@ def test_damaged_weights_never_become_champion(world: World, harm: str) -> None:
         else:
             shutil.rmtree(folder)
     problem = "not on this machine" if harm == "gone" else "damaged"
-    with pytest.raises(PromotionRefused, match=f"version 3 are {problem}"):
+    with pytest.raises(PromotionRefused, match=f"version 3 .*{problem}"):
         promote(world.workspace, "c", force=True)
-    with pytest.raises(PromotionRefused, match=f"version 1 are {problem}"):
+    with pytest.raises(PromotionRefused, match=f"version 1 .*{problem}"):
         rollback(world.workspace)
     assert world.aliases() == {"champion": "2", "previous-champion": "1", "challenger": "3"}
     shutil.rmtree(world.workspace / "weights" / "b")
@@ -272,7 +260,7 @@ def test_of_eight_machines_that_decided_at_once_one_wins(database: Path, tmp_pat
     assert (entry.change.version, entry.state) == (winner, "done")
     for world in worlds:
         for number in range(1, 9):
-            assert ("dpo.promoted_at" in world.tags(str(number))) is (str(number) == winner)
+            assert ("dpo.promotion" in world.tags(str(number))) is (str(number) == winner)
 
 
 def test_many_may_finish_a_killed_promotion_at_once(database: Path, tmp_path: Path) -> None:
@@ -288,7 +276,7 @@ def test_many_may_finish_a_killed_promotion_at_once(database: Path, tmp_path: Pa
     )
     assert [e.code for e in ended] == [0] * 6, "\n".join(e.said for e in ended)
     assert worlds[0].aliases()["champion"] == "1"
-    assert worlds[0].tags("1")["dpo.decision"] == "promote"
+    assert "promoted by" in worlds[0].tags("1")["dpo.promotion"]
 
 
 def _one_winner(ended: list[Any], world: World) -> str:
@@ -316,9 +304,7 @@ def test_one_that_wakes_late_does_not_put_an_old_champion_back(
             other = Ledger(World(world.workspace).tracker, NAME)
             mended = other.settle()
             assert mended
-            later = mended.model_copy(
-                update={"version": "2", "replaced": "3", "previous": "3", "after": 2, "mark": "later"}
-            )
+            later = mended.model_copy(update={"version": "2", "replaced": "3", "previous": "3", "after": 2})
             assert other.append(later)
             other.settle()
             assert world.aliases()["champion"] == "2"
@@ -362,12 +348,10 @@ def test_a_promotion_killed_before_any_write_is_whole_or_was_never(database: Pat
         assert check(world.workspace)[0].notes == []
         assert [e.state for e in Ledger(world.tracker, NAME).read()][:1] == ["done"]
         if happened or kind == 1:
-            tags = world.tags("2")
-            assert (tags["dpo.replaced"], tags["dpo.forced"]) == ("1", "false")
-            assert json.loads(world.artifact("b", "decision.json").read_text())["version"] == "2"
+            assert "in place of version 1" in world.tags("2")["dpo.promotion"]
         if world.aliases()["champion"] == "2":
             assert world.aliases()["previous-champion"] == "1"
-    assert killed >= 10, "each tag, the artifact, both aliases and the ledger are writes"
+    assert killed == 6, "the ledger, the tag, both aliases and the state are writes"
 
 
 @pytest.mark.faults
@@ -391,7 +375,7 @@ def test_a_rollback_killed_before_any_write_is_whole_or_was_never(database: Path
         (standing,) = check(world.workspace)
         assert (standing.champion, standing.previous) == (("1", None) if happened else ("2", "1"))
         assert check(world.workspace)[0].notes == []
-    assert killed >= 6
+    assert killed == 6
 
 
 def test_a_killed_promotion_of_a_version_since_deleted_is_given_up(database: Path, tmp_path: Path) -> None:

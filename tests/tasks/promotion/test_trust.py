@@ -19,7 +19,7 @@ from dpo_core.evaluation.prompt import Prompt
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.objectives import get
-from tasks.promotion.champion import Champion
+from tasks.promotion.model_source import Champion
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import objective_words

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_core.temporary import Owner, this_process
 from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import RunRecord, close_abandoned, find_run, list_runs, save_run
-from tasks.store.owner import Owner, this_process
 from tasks.tracking.tracker import Tracker
 from tests.support.runs.tracked import RECIPE, client
 

@@ -12,11 +12,10 @@ from pydantic import ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.system import digest_file
+from dpo_core.system import digest_file, digest_json
 from tasks.store.manifest import (
     FileEntry,
     Manifest,
-    digest_config,
     digest_entries,
     digest_files,
     digest_folder,
@@ -84,8 +83,8 @@ def test_path_of_a_remote_artifact_is_an_error() -> None:
 @given(st.dictionaries(st.text(), json_values, max_size=5))
 def test_digest_config_ignores_order_only(config: dict[str, object]) -> None:
     backwards = dict(reversed(config.items()))
-    assert digest_config(config) == digest_config(backwards) == digest_config(json.loads(json.dumps(config)))
-    assert digest_config({**config, "one more": 1, "": 0}) != digest_config({**config, "one more": 2, "": 0})
+    assert digest_json(config) == digest_json(backwards) == digest_json(json.loads(json.dumps(config)))
+    assert digest_json({**config, "one more": 1, "": 0}) != digest_json({**config, "one more": 2, "": 0})
 
 
 def test_digest_config_is_canonical_json_of_models_too() -> None:
@@ -94,16 +93,16 @@ def test_digest_config_is_canonical_json_of_models_too() -> None:
         where: Path = Path("/data")
 
     expected = hashlib.sha256(b'{"beta":0.1,"where":"/data"}').hexdigest()
-    assert digest_config(Slice()) == expected
-    assert digest_config({"where": Path("/data"), "beta": 0.1}) == expected
-    assert digest_config("é") == hashlib.sha256('"é"'.encode()).hexdigest()
+    assert digest_json(Slice()) == expected
+    assert digest_json({"where": Path("/data"), "beta": 0.1}) == expected
+    assert digest_json("é") == hashlib.sha256('"é"'.encode()).hexdigest()
 
 
 def test_digest_config_refuses_what_json_cannot_hold() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        digest_config({"x": float("nan")})
+        digest_json({"x": float("nan")})
     with pytest.raises(TypeError, match="set"):
-        digest_config({"x": {1, 2}})
+        digest_json({"x": {1, 2}})
 
 
 def test_digest_file_streams(tmp_path: Path) -> None:

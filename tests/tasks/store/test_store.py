@@ -1,9 +1,6 @@
 """The store: a committed artifact is found again intact, and any damage is detected."""
 
-import json
-import logging
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -74,26 +71,10 @@ def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_pa
     )
     assert (manifest.path / "model.bin").stat().st_nlink == 1
     assert not own.exists()
-    copied = store.commit("copy", KEY, {"a": other / "tokenizer.json"}, INFO, keep_work=True)
+    copied = store.commit("copy", KEY, {"a": other / "tokenizer.json"}, INFO)
     (other / "tokenizer.json").write_bytes(b"edited")
     assert (copied.path / "a").read_bytes() == b"theirs"
     assert_clean(store)
-
-
-def test_a_users_folder_is_copied_not_moved(tmp_path: Path) -> None:
-    user = write(tmp_path / "user", {"model.bin": b"1"})
-    manifest = Store(tmp_path / "w").commit("base", KEY, user, INFO)
-    assert (user / "model.bin").read_bytes() == b"1"
-    assert (manifest.path / "model.bin").read_bytes() == b"1"
-
-
-def test_keep_work_leaves_everything(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    scratch = write(store.begin("sft", KEY), {"a/f": b"1", "checkpoint": b"2"})
-    manifest = store.commit("sft", KEY, scratch / "a", INFO, keep_work=True)
-    (scratch / "a/f").write_bytes(b"3")
-    assert (manifest.path / "f").read_bytes() == b"1"
-    assert (scratch / "checkpoint").exists()
 
 
 def test_same_content_under_two_keys_is_one_object(tmp_path: Path) -> None:
@@ -120,7 +101,7 @@ contents = st.dictionaries(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(contents, st.data())
 def test_any_single_damage_is_found(files: dict[str, bytes], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -146,46 +127,11 @@ def test_any_single_damage_is_found(files: dict[str, bytes], data: st.DataObject
             victim.write_bytes(broken)
         else:
             os.truncate(victim, data.draw(st.integers(0, len(content) - 1)))
-        assert store.lookup("sft", KEY, verify=False) == manifest
         assert store.lookup("sft", KEY) is None
         assert not manifest.path.exists()
-        assert store.lookup("sft", KEY, verify=False) is None, "the index entry is gone too"
+        assert not list((store.root / "index" / "sft").iterdir()), "the index entry is gone too"
         assert make(store, files).sha256 == manifest.sha256
         assert_clean(store)
-
-
-def test_damage_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = Store(tmp_path)
-    manifest = make(store, {"model.bin": b"12345"})
-    (manifest.path / "model.bin").write_bytes(b"1234")
-    with caplog.at_level(logging.INFO):
-        assert store.lookup("sft", KEY) is None
-    line = f"artifact {manifest.sha256} of stage sft is damaged (file model.bin: 4 bytes instead of 5); "
-    line += "it will be rebuilt"
-    assert [record.getMessage() for record in caplog.records] == [line]
-
-
-def test_whole_object_gone(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    shutil.rmtree(make(store, {"f": b"1"}).path)
-    assert store.lookup("sft", KEY) is None
-
-
-@pytest.mark.parametrize("position", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_damaged_index_entry_runs_the_stage_again(tmp_path: Path, position: float, damage: str) -> None:
-    store = Store(tmp_path)
-    manifest = make(store, {"f": b"1"})
-    index = store.root / "index" / "sft" / f"{KEY}.json"
-    content = bytearray(index.read_bytes())
-    if damage == "flip":
-        content[int(position * len(content))] ^= 1
-        index.write_bytes(content)
-    else:
-        index.write_bytes(content[: int(position * len(content))])
-    assert store.lookup("sft", KEY) is None
-    assert not index.exists()
-    assert make(store, {"f": b"1"}).sha256 == manifest.sha256
 
 
 def test_verification_is_remembered_but_never_hides_a_change(
@@ -233,19 +179,3 @@ def test_workspace_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(RecipeError, match="is a file"):
         Store(tmp_path / "f")
-
-
-def test_usage(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    assert store.usage() == {"work": 0}
-    make(store, {"a": b"123", "b": b"45"})
-    write(store.begin("next", KEY), {"checkpoint": b"1234"})
-    assert store.usage() == {"model": 5, "work": 4}
-
-
-def test_index_is_readable_json_without_absolute_paths(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    manifest = make(store, {"f": b"1"})
-    text = (store.root / "index" / "sft" / f"{KEY}.json").read_text()
-    assert json.loads(text)["manifest"]["sha256"] == manifest.sha256
-    assert str(tmp_path) not in text
