@@ -24,7 +24,14 @@ class Resampling:
     def __init__(self, study: Study) -> None:
         rng = np.random.default_rng(study.seed)
         self.prompts = study.prompts
-        self.points = points_by_setting(study)
+        # Points in order of their seed; policies, and settings within them, in order of their first point.
+        self.points: dict[Setting, list[Point]] = {}
+        for policy in study.policies():
+            for point in study.points:
+                if point.policy == policy:
+                    self.points.setdefault((policy, point.setting), []).append(point)
+        for points in self.points.values():
+            points.sort(key=lambda point: point.seed)
         self._prompts_RP = _weights(study.prompts, study.prompts, study.resamples, rng)
         self._seeds_RS: dict[tuple[int, ...], Floats] = {}
         self.reward_R: dict[Setting, Floats] = {}
@@ -69,16 +76,6 @@ class Resampling:
         by_seed_RS = self._prompts_RP @ np.asarray(values_SP, dtype=np.float64).T
         mean_R: Floats = (weights_RS * by_seed_RS).sum(axis=1)
         return mean_R
-
-
-def points_by_setting(study: Study) -> dict[Setting, list[Point]]:
-    """Points in order of their seed; policies, and settings within them, in order of their first point."""
-    groups: dict[Setting, list[Point]] = {}
-    for policy in study.policies():
-        for point in study.points:
-            if point.policy == policy:
-                groups.setdefault((policy, point.setting), []).append(point)
-    return {setting: sorted(points, key=lambda point: point.seed) for setting, points in groups.items()}
 
 
 def _weights(items: int, drawn: int, resamples: int, rng: np.random.Generator) -> Floats:

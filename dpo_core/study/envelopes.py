@@ -41,29 +41,6 @@ def _below(middle: XY, left: XY, right: XY) -> bool:
     return (middle[1] - left[1]) * run <= rise * (middle[0] - left[0])
 
 
-def envelope_at(points: Sequence[XY], kl: float, reference: float) -> float:
-    """The reward that the envelope reaches at `kl` nats; flat beyond its highest point."""
-    corners = envelope(points, reference)
-    return float(np.interp(kl, [x for x, _ in corners], [y for _, y in corners]))
-
-
-def area(points: Sequence[XY], kl_max: float, reference: float) -> float:
-    """Mean height of the envelope above the reference's reward from 0 to `kl_max` nats.
-
-    The area divided by `kl_max`, so a mean gain. Beyond a policy's last point the envelope is flat.
-    """
-    kl_RK, reward_RK = np.array([[x for x, _ in points]]), np.array([[y for _, y in points]])
-    return float(areas(kl_RK, reward_RK, np.array([reference]), kl_max)[0])
-
-
-def compute_to_reach(points: Sequence[XY], reward: float) -> float | None:
-    """The least FLOPs of a (FLOPs, reward) point with at least this reward; None if there is none."""
-    return min((flops for flops, reached in points if reached >= reward), default=None)
-
-
-# ------------------------------------------------------------------------ the same for all resamples at once
-
-
 def rewards_at(kl_RK: Floats, reward_RK: Floats, reference_R: Floats, kl: ArrayLike) -> Floats:
     """(R,): each resample's envelope at `kl`, which is one number or one per resample.
 
@@ -74,7 +51,11 @@ def rewards_at(kl_RK: Floats, reward_RK: Floats, reference_R: Floats, kl: ArrayL
 
 
 def areas(kl_RK: Floats, reward_RK: Floats, reference_R: Floats, kl_max: float) -> Floats:
-    """(R,): each resample's `area`. Exact: the envelope is straight between the KLs of its points."""
+    """(R,): each resample's mean height of the envelope above the reference's reward from 0 to `kl_max` nats.
+
+    The area divided by `kl_max`, so a mean gain; flat beyond a policy's last point. Exact: the
+    envelope is straight between the KLs of its points.
+    """
     x_RK, y_RK = _with_reference(kl_RK, reward_RK, reference_R)
     last_R1 = np.full((len(x_RK), 1), kl_max)
     breaks_RK = np.sort(np.concatenate([np.minimum(x_RK, kl_max), last_R1], axis=1))

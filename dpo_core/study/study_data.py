@@ -5,16 +5,13 @@ prompt's samples; all lists have the prompts in the same order.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.errors import StageFailed
 
 
 class PolicyCost(Config):
@@ -52,9 +49,6 @@ class Point(Config):
     shared_cost: dict[str, float] = Field(default_factory=dict)
     """FLOPs of the stages that other policies share, by stage; part of `cost`."""
 
-    def __str__(self) -> str:
-        return f"{self.policy} {self.setting} seed {self.seed}"
-
 
 class BestOf(Config):
     """The best of n samples of the reference by the known reward: what search achieves without training."""
@@ -90,27 +84,6 @@ class Study(Config):
     seed: int = 0
     """Seed of the resampling."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Study":
-        lists = chain(
-            [("the reference", self.reference_rewards_P)],
-            ((f"best of {best.n}", best.rewards_P) for best in self.best_of),
-            ((str(p), values) for p in self.points for values in (p.rewards_P, p.kl_P, p.kl_k3_P)),
-        )
-        for name, values in lists:
-            if len(values) != self.prompts:
-                raise ValueError(
-                    f"{name} has {len(values)} values, not one for each of {self.prompts} prompts"
-                )
-        for name, times in Counter(map(str, self.points)).items():
-            if times > 1:
-                raise ValueError(f"{name} is listed {times} times; list it once")
-        if not self.kl_at or min(self.kl_at) <= 0:
-            raise ValueError(f"kl_at is {self.kl_at}; set it to one or more KLs above 0")
-        for policy in set(self.drawn or ()) - {p.policy for p in self.points}:
-            raise ValueError(f"drawn lists the policy '{policy}', which has no points")
-        return self
-
     @property
     def kl_end(self) -> float:
         """Upper limit of areas, in nats."""
@@ -131,34 +104,17 @@ class Study(Config):
         return next(iter(self.policies()), "")
 
 
-def best_of_kl(n: int) -> float:
-    """log n - (n-1)/n: the largest KL in nats of best of n to its reference (equality without ties)."""
-    return math.log(n) - (n - 1) / n
-
-
 def best_of_n(rewards_PS: ArrayLike, ns: Sequence[int]) -> list[BestOf]:
-    """The expected reward of the best of n samples, for each prompt, from its S samples.
+    """The expected reward of the best of n samples, for each prompt, from its S samples (n is at most S).
 
     Unbiased: the mean of the maximum over all subsets of n, without replacement. The r-th smallest sample is
     the largest in C(r-1, n-1) of C(S, n) subsets.
-
-    Raises:
-        StageFailed: an n is above S.
-        ValueError: an n is below 1, or the rewards are not a matrix.
     """
     sorted_PS = np.sort(np.asarray(rewards_PS, dtype=np.float64))
-    if sorted_PS.ndim != 2:
-        raise ValueError(f"expected rewards by prompt and sample, got shape {sorted_PS.shape}")
     samples = sorted_PS.shape[1]
     rows = []
     for n in ns:
-        if n < 1:
-            raise ValueError(f"the n of best of n must be 1 or more, not {n}")
-        if n > samples:
-            raise StageFailed(
-                f"best of {n} needs {n} samples per prompt, and there are {samples}",
-                "Draw more samples of the reference, or remove that n",
-            )
         share_S = [math.comb(rank - 1, n - 1) / math.comb(samples, n) for rank in range(1, samples + 1)]
-        rows.append(BestOf(n=n, rewards_P=(sorted_PS @ share_S).tolist(), kl_bound=best_of_kl(n)))
+        kl_bound = math.log(n) - (n - 1) / n
+        rows.append(BestOf(n=n, rewards_P=(sorted_PS @ share_S).tolist(), kl_bound=kl_bound))
     return rows

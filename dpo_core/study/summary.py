@@ -12,8 +12,8 @@ from itertools import combinations
 import numpy as np
 
 from dpo_core.statistics.estimates import Estimate, Floats
-from dpo_core.study.bootstrap import Resampling, Setting, points_by_setting
-from dpo_core.study.envelopes import XY, areas, envelope, envelope_at, rewards_at
+from dpo_core.study.bootstrap import Resampling, Setting
+from dpo_core.study.envelopes import XY, areas, envelope, rewards_at
 from dpo_core.study.results import (
     AtKl,
     BestOfRow,
@@ -26,7 +26,7 @@ from dpo_core.study.results import (
     SettingRow,
     StudySummary,
 )
-from dpo_core.study.study_data import BestOf, Point, PolicyCost, Study
+from dpo_core.study.study_data import BestOf, PolicyCost, Study
 
 GAIN_SHARES = (0.5, 0.9)
 FEW = ("Pre-DPO, few", "DPO, few")  # the policies of a published claim
@@ -56,16 +56,6 @@ def summarise(study: Study) -> StudySummary:
         gains=[_gain_ratio(resampling, *FEW)] if _matched(resampling, *FEW) else [],
         best_of=[_best_of_row(resampling, best) for best in study.best_of],
     )
-
-
-def reward_at_kl(study: Study, policy: str, kl: float) -> float:
-    """The reward that the policy's envelope reaches at `kl` nats, as measured."""
-    means = [_mean_point(points) for (name, _), points in points_by_setting(study).items() if name == policy]
-    return envelope_at(means, kl, float(np.mean(study.reference_rewards_P)))
-
-
-def _mean_point(points: Sequence[Point]) -> XY:
-    return float(np.mean([p.kl_P for p in points])), float(np.mean([p.rewards_P for p in points]))
 
 
 def _setting_row(resampling: Resampling, setting: Setting) -> SettingRow:
@@ -98,9 +88,6 @@ def _setting_row(resampling: Resampling, setting: Setting) -> SettingRow:
 
 def _seed_range(values: Sequence[float]) -> SeedRange:
     return SeedRange(value=float(np.mean(values)), low=min(values), high=max(values), seeds=len(values))
-
-
-# -------------------------------------------------------------------------------------------- envelopes
 
 
 def _policy_row(study: Study, resampling: Resampling, policy: str) -> PolicySummary:
@@ -193,12 +180,8 @@ def _compute_ratio(resampling: Resampling, policy: str, other: str, share: float
 
 
 def _cheapest(flops_RK: Floats, reward_RK: Floats, target_R: Floats) -> Floats:
-    """`compute_to_reach` of each resample, for a target that the policy reaches."""
     least_R: Floats = np.where(reward_RK >= target_R[:, None], flops_RK, np.inf).min(axis=1)
     return least_R
-
-
-# ---------------------------------------------------------------------------------- policies at one setting
 
 
 def _matched(resampling: Resampling, policy: str, other: str) -> list[tuple[Setting, Setting]]:

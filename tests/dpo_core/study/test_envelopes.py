@@ -5,10 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_core.study import area, compute_to_reach, envelope, envelope_at
-from dpo_core.study.envelopes import XY, areas, rewards_at
+from dpo_core.study.envelopes import XY, areas, envelope, rewards_at
 
 SHAPE: list[XY] = [(4.0, 3.0), (1.0, 2.0), (2.0, 1.0), (6.0, 2.5), (3.0, 2.4)]
+
+
+def envelope_at(points: list[XY], kl: float, reference: float) -> float:
+    corners = envelope(points, reference)
+    return float(np.interp(kl, [x for x, _ in corners], [y for _, y in corners]))
+
+
+def area(points: list[XY], kl_max: float, reference: float) -> float:
+    x_RK, y_RK = (np.array([[p[i] for p in points]], dtype=float) for i in (0, 1))
+    return float(areas(x_RK, y_RK, np.array([reference]), kl_max)[0])
 
 
 def test_corners_skip_what_lies_below_a_chord_and_what_falls() -> None:
@@ -70,10 +79,3 @@ def test_all_resamples_at_once_agree_with_one(points: list[XY], reference: float
 def test_no_point_lies_above_the_envelope(points: list[XY], reference: float) -> None:
     for kl, reward in points:
         assert envelope_at(points, max(0.0, kl), reference) >= reward - 1e-9
-
-
-def test_compute_to_reach_is_a_staircase() -> None:
-    points = [(4e12, 0.9), (1e12, 0.5), (2e12, 0.4), (8e12, 0.95)]
-    flops = [compute_to_reach(points, reward) for reward in (0.1, 0.5, 0.51, 0.95, 0.96)]
-    assert flops == [1e12, 1e12, 4e12, 8e12, None]
-    assert compute_to_reach([], 0.0) is None

@@ -1,11 +1,9 @@
 """Summaries of constructed studies: measured values, intervals and pairing."""
 
-import time
-
 import numpy as np
 import pytest
 
-from dpo_core.study import PolicyCost, Study, area, best_of_n, reward_at_kl, summarise
+from dpo_core.study import PolicyCost, Study, best_of_n, summarise
 from dpo_core.study.bootstrap import Resampling
 from dpo_core.study.results import SettingRow
 from tests.support.reports.studies import PROMPTS, noisy, point, study
@@ -54,12 +52,11 @@ def test_policies_offer_the_envelope_of_their_settings_not_of_their_runs() -> No
     row = summary.policy("DPO")
     assert row
     assert np.ravel(row.envelope) == pytest.approx([0.0, 0.1, 2.0, 0.4])
-    assert row.area.value == pytest.approx(area([(2.0, 0.4), (0.0, 0.1)], 3.0, 0.0)) == pytest.approx(0.9 / 3)
+    assert row.area.value == pytest.approx(0.9 / 3)
     assert [at.reward.value for at in row.at_kl] == pytest.approx([0.25, 0.4])
     assert [at.reached for at in row.at_kl] == [True, False]
     assert (row.settings, row.seeds, row.fewest_seeds) == (2, [0, 1], 1)
     assert row.reach == pytest.approx(2.0)
-    assert reward_at_kl(made, "DPO", 1.0) == pytest.approx(0.25)
     difference = summary.difference("PPO", "DPO")
     assert difference
     assert difference.area.value == pytest.approx((1.35 - 0.9) / 3)
@@ -111,14 +108,6 @@ def test_a_study_without_points_has_empty_tables() -> None:
     summary = summarise(study([], best_of=best))
     assert (summary.settings, summary.policies, summary.differences, summary.compute) == ([], [], [], [])
     assert [row.gain.value for row in summary.best_of] == pytest.approx([0.5, 1.0])
-
-
-def test_the_same_study_gives_the_same_numbers() -> None:
-    made = noisy({"DPO": CURVE})
-    assert summarise(made) == summarise(made)
-
-
-# ----------------------------------------------------------------------------------- compute, diversity
 
 
 def test_compute_at_the_gain_that_both_reach() -> None:
@@ -175,9 +164,6 @@ def test_a_beta_that_two_settings_share_is_matched_by_the_whole_setting_only() -
     assert {row.setting for row in rows} == {"beta=0.1, steps=200"}
 
 
-# ------------------------------------------------------------------------------------- as a statistic
-
-
 def test_intervals_cover_the_truth_and_see_a_dominated_policy() -> None:
     studies, covered, found = 60, 0, []
     for data_seed in range(studies):
@@ -197,15 +183,6 @@ def test_equal_policies_are_seldom_told_apart() -> None:
         difference = summarise(noisy({"DPO": CURVE, "PPO": CURVE}, data_seed=data_seed)).differences[0]
         decided += not difference.area.low <= 0 <= difference.area.high
     assert decided <= 9
-
-
-def test_two_thousand_resamples_of_a_hundred_policies_take_seconds() -> None:
-    curve = {f"beta={i}": (float(i), 0.1 * i) for i in range(5)}
-    made = noisy({f"policy {i}": curve for i in range(7)}, prompts=256, resamples=2000)
-    assert len(made.points) == 105
-    start = time.process_time()
-    summarise(made)
-    assert time.process_time() - start < 20  # 1.5 s on one quiet core
 
 
 def test_intervals_at_fixed_kls_widen_with_their_number() -> None:
