@@ -50,11 +50,6 @@ class TrainingText:
         self._texts: set[int] = set()
         self._grams = _distinct(np.concatenate([*self._blocks(texts)]))
 
-    @property
-    def bytes(self) -> int:
-        """Memory of the 13-grams."""
-        return self._grams.nbytes
-
     def find(self, items: Iterable[Item]) -> dict[str, Match]:
         """The ids of the items whose `prompt` is in these texts, with the kind of match.
 

@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import Field, JsonValue
 
 from dpo_core.config import Config
-from dpo_core.errors import StageFailed
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate
 
@@ -138,16 +137,10 @@ def estimate(items: Sequence[Item], spec: MeasureSpec, seed: int = 0) -> Estimat
     """Mean of one measure over items: Wilson for a plain share of prompts, else by resampling prompts.
 
     Raises:
-        StageFailed: a value of a share is outside [0, 1], or a mean has a single prompt.
+        StageFailed: a value is not finite, or a mean has a single prompt.
     """
     values = np.asarray([item.values[spec.name] for item in items], np.float64)
     clusters = [item.cluster for item in items]
     if spec.kind == "share":
-        wrong = [item for item, value in zip(items, values, strict=True) if not 0 <= value <= 1]
-        if wrong:
-            raise StageFailed(
-                f"{spec.name} of item {wrong[0].id} is {wrong[0].values[spec.name]}, but must be from 0 to 1",
-                "If it is nan, check the weights of the model; any other value is a mistake in the suite",
-            )
-        return stats.share(values, clusters)
+        return stats.share(values, clusters, name=spec.name)
     return stats.bootstrap_mean(values, clusters, seed=seed, name=spec.name)

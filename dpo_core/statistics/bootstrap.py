@@ -9,11 +9,10 @@ tails of α/2 it uses the quantiles at Φ(-√(n/(n-1))·t_{n-1, 1-α/2}), the n
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import numpy as np
-import scipy.special  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
+from scipy import special  # type: ignore[import-untyped]
 
 from dpo_core.errors import StageFailed
 
@@ -96,7 +95,7 @@ def resampled_means(sums: Floats, sizes: Floats, n_resamples: int, seed: int) ->
 
 def expanded_interval(resampled: Floats, prompts: int, confidence: float) -> tuple[float, float]:
     """The expanded percentile interval of a statistic's resampled values."""
-    tail = float(special().ndtr(-student_quantile(confidence, prompts) * math.sqrt(prompts / (prompts - 1))))
+    tail = float(special.ndtr(-student_quantile(confidence, prompts) * math.sqrt(prompts / (prompts - 1))))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -114,15 +113,10 @@ def expanded_p(resampled: Floats, prompts: int) -> float:
     tail = (min(below, above) + 1) / (len(resampled) + 1)
     if tail >= 0.5:
         return 1.0
-    t = special().ndtri(tail) * math.sqrt((prompts - 1) / prompts)
-    return 2 * float(special().stdtr(prompts - 1, t))
+    t = special.ndtri(tail) * math.sqrt((prompts - 1) / prompts)
+    return 2 * float(special.stdtr(prompts - 1, t))
 
 
 def student_quantile(confidence: float, prompts: int) -> float:
     """The two-sided quantile of Student's t with n-1 degrees of freedom at this confidence."""
-    return float(special().stdtrit(prompts - 1, (1 + confidence) / 2))
-
-
-def special() -> Any:
-    """SciPy's special functions, imported on use: code that only reads estimates does not need SciPy."""
-    return scipy.special
+    return float(special.stdtrit(prompts - 1, (1 + confidence) / 2))

@@ -193,7 +193,11 @@ def win_rate(
 
 
 def share(
-    values: ArrayLike, clusters: Sequence[Hashable] | None = None, *, confidence: float = 0.95
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    name: str = "value",
 ) -> Estimate:
     """Mean of values in [0, 1] (right or wrong, a win or half of one), with an interval within [0, 1].
 
@@ -207,12 +211,13 @@ def share(
     Args:
         values: (N,) numbers in [0, 1].
         clusters: the prompt of each value, as in `bootstrap_mean`.
+        name: what an error calls a value.
 
     Raises:
         StageFailed: there is no prompt, there is one prompt whose values differ, or a value is not finite.
         ValueError: a value is outside [0, 1], or `clusters` has another length.
     """
-    x = finite(values)
+    x = finite(values, name)
     if len(x) and not 0 <= x.min() <= x.max() <= 1:
         raise ValueError(f"shares must be from 0 to 1, but these are from {x.min()} to {x.max()}")
     sums, sizes = cluster_sums(x, clusters)

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special  # type: ignore[import-untyped]
 
 from dpo_core.statistics.bootstrap import (
     cluster_sums,
@@ -12,7 +13,6 @@ from dpo_core.statistics.bootstrap import (
     paired_difference,
     require_two,
     resampled_means,
-    special,
 )
 
 
@@ -33,9 +33,9 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     if not np.isin(np.concatenate([finite(a), finite(b)]), (0.0, 1.0)).all():
         raise ValueError("McNemar's test needs values that are 0 or 1")
     wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
-    return (
-        min(1.0, 2 * float(special().bdtr(min(wins, losses), wins + losses, 0.5))) if wins + losses else 1.0
-    )
+    if not wins + losses:
+        return 1.0
+    return min(1.0, 2 * float(special.bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def bootstrap_p(
