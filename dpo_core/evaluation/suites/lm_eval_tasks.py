@@ -6,9 +6,10 @@ multiple choice is scored by the engine of `dpo_core.evaluation.lm_eval_model`.
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,18 +135,11 @@ def check(config: SuiteConfig) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep lm-eval's messages and progress bars out of the terminal; settings and facts hold what matters."""
-    import lm_eval.api.task  # noqa: PLC0415 - optional
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # noqa: PLC0415 - takes seconds
-
-    task, logger = lm_eval.api.task, logging.getLogger("lm_eval")
-    bar, level, shown = task.tqdm, logger.level, not are_progress_bars_disabled()
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
     logger.setLevel(logging.ERROR)
-    task.tqdm = lambda items, **_: items
-    disable_progress_bars()
     try:
-        yield
+        with redirect_stderr(StringIO()):
+            yield
     finally:
         logger.setLevel(level)
-        task.tqdm = bar
-        if shown:
-            enable_progress_bars()
