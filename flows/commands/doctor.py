@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -44,33 +44,27 @@ def diagnose(folder: Path, file: Path | None, as_json: bool) -> None:
 
 def run_all(place: Path, file: Path | None = None) -> list[CheckResult]:
     """The results of all checks; a check comes after those of the things that it needs."""
-    here = [machine.python, machine.packages, machine.compiler, machine.demo_weights, machine.accelerator]
-    disk = [workspace.folder, workspace.owner, workspace.disk, workspace.clock, workspace.stuck_runs]
-    tracked = [mlflow.undelivered, workspace.garbage, workspace.champions]
+    here = [machine.packages, machine.demo_weights, machine.accelerator]
+    disk = [workspace.folder, workspace.owner, workspace.disk, workspace.stuck_runs]
     return run_checks(
         [
             ("machine", [*here, machine.network]),
-            ("workspace", [partial(check, place) for check in (*disk, workspace.leftovers)]),
-            ("mlflow", [lambda: _with_mlflow(place, tracked)]),
-            ("prefect", [prefect.credentials, prefect.home, prefect.server, partial(deploy_file, file)]),
+            ("workspace", [partial(check, place) for check in disk]),
+            ("mlflow", [lambda: _with_mlflow(place)]),
+            ("prefect", [prefect.home, prefect.server, partial(deploy_file, file)]),
             ("ports", [ports.usual, ports.open_to_all]),
         ]
     )
 
 
-def _with_mlflow(
-    place: Path, checks: Sequence[Callable[[Path], Iterator[CheckResult]]]
-) -> Iterator[CheckResult]:
-    """The check of MLflow, and if it answers, those that need it."""
-    state = "ok"
-    for result in mlflow.tracking(place):
-        yield result
-        state = result.state if result.state == "failure" else state
-    if state == "failure":
-        yield skipped("champion", "MLflow does not answer")
-        return
-    for check in checks:
-        yield from check(place)
+def _with_mlflow(place: Path) -> Iterator[CheckResult]:
+    """The check of MLflow, and if it can be used, that of the champions."""
+    (result,) = mlflow.tracking(place)
+    yield result
+    if result.state == "failure":
+        yield skipped("champion", "MLflow cannot be used")
+    else:
+        yield from workspace.champions(place)
 
 
 def deploy_file(file: Path | None) -> Iterator[CheckResult]:
