@@ -72,21 +72,7 @@ def judge_file(
         ModelError: the tokenizer or the chat template cannot be used.
         RecipeError: the recipe or an override is not valid.
     """
-    has_model = bool(model or recipe)
-    unread = [override for override in overrides if override.startswith(("tokens.", "model."))]
-    if not has_model and (unread or show):
-        raise RecipeError(
-            f"{f'--set {unread[0]}' if unread else '--show'} needs a model's tokenizer",
-            "Set --model or --recipe",
-        )
-    sections: dict[str, Any] = {"data": {}, "gate": {}, "tokens": {}, "model": {}}
-    if recipe:
-        sections = load_recipe(recipe).model_dump(mode="json", include=set(sections))
-    sections["data"] |= {"path": data, "openings": None, "mixture": None}
-    sections["model"] |= {"name": model} if model else {}
-    settings = with_overrides(
-        _Settings, sections, overrides, f"{data} cannot be checked", "Correct the override"
-    )
+    settings, has_model = _settings(data, overrides, model, recipe, show), bool(model or recipe)
     config, gate = settings.data, settings.gate
     loaded = load(config)
     frame = split_table(loaded, config)
@@ -117,6 +103,24 @@ def judge_file(
         data_of_rows = {"rows": listed, "row_count": report.rows} if show else {}
         rows = PreviewedRows([as_text(side, tokenise) for side in sides], data_of_rows)
     return report.model_copy(update={"remarks": remarks}), "\n  ".join(remarks), rows
+
+
+def _settings(
+    data: str, overrides: Sequence[str], model: str | None, recipe: str | None, show: int
+) -> _Settings:
+    """The recipe's sections, or the defaults, for this data set and model; see `judge_file`."""
+    unread = [override for override in overrides if override.startswith(("tokens.", "model."))]
+    if not (model or recipe) and (unread or show):
+        raise RecipeError(
+            f"{f'--set {unread[0]}' if unread else '--show'} needs a model's tokenizer",
+            "Set --model or --recipe",
+        )
+    sections: dict[str, Any] = {"data": {}, "gate": {}, "tokens": {}, "model": {}}
+    if recipe:
+        sections = load_recipe(recipe).model_dump(mode="json", include=set(sections))
+    sections["data"] |= {"path": data, "openings": None, "mixture": None}
+    sections["model"] |= {"name": model} if model else {}
+    return with_overrides(_Settings, sections, overrides, f"{data} cannot be checked", "Correct the override")
 
 
 def _tokenise(settings: _Settings) -> Tokenise:

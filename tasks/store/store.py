@@ -33,6 +33,7 @@ from tasks.store.files import disk_errors, open_workspace
 from tasks.store.locks import locked
 from tasks.store.manifest import (
     Digests,
+    FileEntry,
     Manifest,
     digest_entries,
     digest_files,
@@ -152,30 +153,15 @@ class Store:
                     f"stage {stage} produced no files in {folder or scratch}",
                     "Resume the run; if it happens again, report it as a bug",
                 )
-            entries = digest_files(files)
-            sha256 = digest_entries(entries)
-            target = self.object(about.kind, sha256)
-            manifest = Manifest(
-                kind=about.kind,
-                uri=target.as_uri(),
-                sha256=sha256,
-                schema_version=1,
-                rows=about.rows,
-                parameters=about.parameters,
-                parents=tuple(about.parents),
-                stage=stage,
-                stage_version=about.stage_version,
-                config_digest=about.config_digest,
-                extra=_finite(dict(about.extra)),
-                files=entries,
-            )
+            manifest = self._manifest(stage, about, digest_files(files))
+            target = self.object(about.kind, manifest.sha256)
             target.parent.mkdir(parents=True, exist_ok=True)
             index.parent.mkdir(parents=True, exist_ok=True)
             # Lock both object and index, so that no check of the same content removes the object in between.
-            with self._object_lock(sha256), self.temporary() as temporary:
+            with self._object_lock(manifest.sha256), self.temporary() as temporary:
                 # Everything that needs disk space comes first; only renames follow.
                 entry = self._write_entry(temporary / index.name, manifest)
-                if os.path.lexists(target) and find_damage(target, entries, self._digests) is not None:
+                if os.path.lexists(target) and find_damage(target, manifest.files, self._digests) is not None:
                     self._discard(target)
                 staged = temporary / "artifact"
                 if not os.path.lexists(target):
@@ -190,6 +176,23 @@ class Store:
                 sync(index.parent)
         shutil.rmtree(scratch, ignore_errors=True)
         return manifest
+
+    def _manifest(self, stage: str, about: ArtifactInfo, files: dict[str, FileEntry]) -> Manifest:
+        sha256 = digest_entries(files)
+        return Manifest(
+            kind=about.kind,
+            uri=self.object(about.kind, sha256).as_uri(),
+            sha256=sha256,
+            schema_version=1,
+            rows=about.rows,
+            parameters=about.parameters,
+            parents=tuple(about.parents),
+            stage=stage,
+            stage_version=about.stage_version,
+            config_digest=about.config_digest,
+            extra=_finite(dict(about.extra)),
+            files=files,
+        )
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
