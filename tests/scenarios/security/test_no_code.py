@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_core.checked_json import write_checked
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, ModelError, StageFailed
 from dpo_core.models.config import ModelConfig
@@ -20,7 +21,6 @@ from dpo_core.models.folder import check_folder, code_digest
 from dpo_core.models.load import convert, load_tokenizer
 from dpo_core.reference.shard import LogpShard
 from dpo_core.training.checkpoints import (
-    _own_digest,
     load_random_state,
     read_digest,
     restricted_unpickling,
@@ -251,7 +251,7 @@ def test_a_checkpoint_with_a_fitting_digest_runs_no_code(trace: Path, tmp_path: 
         "made": {"step": 1, "ranks": 1, "zero_stage": 0},
         "files": {"random-00000.pt": digest_file(tmp_path / "random-00000.pt")},
     }
-    (tmp_path / "digest.json").write_text(json.dumps(facts | {"sha256": _own_digest(facts)}))
+    write_checked(tmp_path / "digest.json", facts)
     assert read_digest(tmp_path).step == 1, "the tampered checkpoint passes for whole"
     with pytest.raises(StageFailed, match="contains more than numbers") as caught:
         load_random_state(tmp_path, 0)
