@@ -298,7 +298,7 @@ def test_the_command_line_tells_what_is_wrong_and_when_it_would_run(
     path.write_text(yaml.safe_dump({"deployments": [GOOD | {"shedules": []}]}))
     done = dpo("deploy", "--file", str(path), "--dry-run")
     assert done.code == 2
-    assert "shedules (line" in done.errors[0]
+    assert "no field deployments.0.shedules (did you mean schedules?)" in done.errors[0]
     assert "did you mean schedules?" in done.errors[0]
 
 
