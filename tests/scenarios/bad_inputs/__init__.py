@@ -186,13 +186,13 @@ class World:
         return folder
 
     def store(self) -> dict[str, tuple[int, int]]:
-        """Every file of the artifact store and the reference cache: size and time of change."""
+        """Size and inode of every file of the store and the reference cache; a use changes its time."""
         found = {}
         for root in ("store/objects", "store/index", "reference_cache"):
             for path in sorted((self.workspace / root).rglob("*")):
                 if path.is_file():
                     stat = path.stat()
-                    found[str(path.relative_to(self.workspace))] = (stat.st_size, stat.st_mtime_ns)
+                    found[str(path.relative_to(self.workspace))] = (stat.st_size, stat.st_ino)
         return found
 
     def unfinished(self) -> list[str]:
