@@ -180,7 +180,7 @@ def _chats(first: str) -> list[dict]:
     ]
 
 
-@bad(2, "row 1 of the data", "no chat template", "tokens.template", "model.chat_template",
+@bad(2, "no chat template", "tokens.template", "model.chat_template",
      adds="load-data import-model")  # fmt: skip
 def chats_without_a_template(world: World) -> list[str]:
     argv = world.run_model(lambda model: (model / "chat_template.jinja").unlink())
@@ -188,7 +188,7 @@ def chats_without_a_template(world: World) -> list[str]:
     return [*argv, "--set", f"data.path={data}"]
 
 
-@bad(2, "row 1 of the data", "cannot write a conversation with the roles system, user", "no system here",
+@bad(3, "pairs/template", "(row 1:", "cannot write a conversation with the roles system, user", "no system here",
      adds="load-data import-model")  # fmt: skip
 def chats_that_the_template_refuses(world: World) -> list[str]:
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
