@@ -188,8 +188,8 @@ def chats_without_a_template(world: World) -> list[str]:
     return [*argv, "--set", f"data.path={data}"]
 
 
-@bad(3, "pairs/template", "(row 1:", "cannot write a conversation with the roles system, user", "no system here",
-     adds="load-data import-model")  # fmt: skip
+@bad(3, "pairs/template", "(row 1:", "cannot write a conversation with the roles system, user",
+     "no system here", adds="load-data import-model")  # fmt: skip
 def chats_that_the_template_refuses(world: World) -> list[str]:
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
     template += "{% endif %}{{ m.content }}{% endfor %}"
