@@ -252,7 +252,7 @@ def reconcile(
         steps += [plan_removal(client, deployed) for deployed in extra]
     else:
         notes += [f"{one.name} is on the server but not in the file; --prune deletes it" for one in extra]
-    steps += plan_lost_triggers(client, automations, {deployed.id for deployed in on_server})
+    steps += plan_lost_triggers(client, automations)
     alerts, alert_notes = plan_alerts(client, automations, notify)
     steps += [*alerts, plan_heartbeats(client, automations)]
     return {"changes": _make(steps, dry_run), "notes": notes + alert_notes}

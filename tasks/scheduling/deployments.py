@@ -10,7 +10,12 @@ from typing import Any
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowFilter,
+    FlowFilterName,
+)
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.server.schemas.schedules import SCHEDULE_TYPES
@@ -155,13 +160,21 @@ def plan_removal(client: Any, deployed: Any) -> Step:
     return Step([Change(kind="removed", place=deployed.name)], apply)
 
 
-def plan_lost_triggers(client: Any, automations: list[Any], existing: set[Any]) -> list[Step]:
+def plan_lost_triggers(client: Any, automations: list[Any]) -> list[Step]:
     """Delete automations of `dpo deploy` whose deployment no longer exists, such as one deleted in the UI."""
     return [
         removal(client, one, f"trigger {one.name} of a deleted deployment")
         for one in automations
-        if is_made_here(one) and deployments_of(one) and not deployments_of(one) & existing
+        if is_made_here(one) and (used := deployments_of(one)) and not _existing(client, used)
     ]
+
+
+def _existing(client: Any, numbers: set[Any]) -> list[Any]:
+    """The deployments of these ids, of any flow: those of other files are not in this one."""
+    found: list[Any] = client.read_deployments(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=sorted(numbers)))
+    )
+    return found
 
 
 def next_times(schedule: Any, count: int = 5, start: datetime | None = None) -> list[datetime]:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from requests import RequestException
+from requests import HTTPError, RequestException
 from sqlalchemy.exc import OperationalError
 
 from dpo_core.errors import RecipeError, StageFailed
@@ -35,6 +35,8 @@ _REFUSALS = {
     "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE",
     "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED", "ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED",
 }  # fmt: skip
+_LATER = {408, 429}
+"""HTTP statuses below 500 after which the same request may succeed."""
 
 
 def resolve_uri(config: TrackingConfig, workspace: Path) -> str:
@@ -185,6 +187,8 @@ class Connection:
             return True
         if not isinstance(error, MlflowException | RequestException | OperationalError):
             return False
+        if isinstance(error, HTTPError) and error.response is not None:  # of an upload
+            return error.response.status_code >= 500 or error.response.status_code in _LATER
         return getattr(error, "error_code", "") not in _REFUSALS
 
 

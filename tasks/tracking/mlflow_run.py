@@ -102,7 +102,9 @@ class TrackedRun:
     ) -> None:
         self._connection, self.unsent, self._keep_file = connection, unsent, keep_file
         self._sent: set[tuple[str, int, float]] = set()
-        """Metric, step and value of the points of a run that was reopened."""
+        """The points that MLflow has, see `_identity`."""
+        self._refused = False
+        """Whether MLflow refused to create the run, so that nothing of it can be sent."""
 
     @property
     def run_id(self) -> str | None:
@@ -111,11 +113,10 @@ class TrackedRun:
 
     @property
     def complete(self) -> bool:
-        """Whether MLflow has everything that was recorded."""
+        """Whether MLflow has everything that was recorded, or refused it for good."""
         own = self.unsent
-        return bool(own.run_id) and not any(
-            (own.params, own.tags, own.points, own.datasets, own.files, own.end)
-        )
+        left = (own.params, own.tags, own.points, own.datasets, own.files, own.end)
+        return self._refused or (bool(own.run_id) and not any(left))
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record parameters. Nested names are dotted, long values cut; a recorded value is never changed."""
@@ -156,7 +157,7 @@ class TrackedRun:
         self._add(self.unsent.datasets, [(facts, context)])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step. The same numbers at the same step are recorded once."""
+        """Record numbers at a step: the first ones count, but at step 0 changed ones are added."""
         now = now_ms()
         self._add(self.unsent.points, [(clean_key(k), float(v), now, step) for k, v in values.items()])
 
@@ -175,10 +176,13 @@ class TrackedRun:
     def send(self, *, force: bool = False) -> bool:
         """Send what MLflow does not have; True if nothing is left. False while MLflow is away."""
         with self._connection.lock:
-            if self.run_id is None:
-                self._attempt("the run", self._open, force)
-                if self.run_id is None:
+            if self.run_id is None and not self._refused:
+                answered = self._attempt("the run", self._open, force)
+                if not answered:
                     return False
+                self._refused = self.run_id is None
+            if self._refused:
+                return True
             unsent = self.unsent
             for values, send in (
                 (unsent.params, self._send_params),
@@ -190,14 +194,15 @@ class TrackedRun:
                     if not self._attempt(send.__name__.removeprefix("_send_"), send, force):
                         return False
                     values.clear()
-            while unsent.files:
-                if not self._attempt(f"the artifact {unsent.files[0][0]}", self._send_file, force):
-                    return False
-                del unsent.files[0]
             if unsent.end is not None:
                 if not self._attempt("the end", self._send_end, force):
                     return False
                 unsent.end = None
+            # Last, because the artifact store may fail while the rest of MLflow answers.
+            while unsent.files:
+                if not self._attempt(f"the artifact {unsent.files[0][0]}", self._send_file, force):
+                    return False
+                del unsent.files[0]
             return True
 
     def _attempt(self, what: str, send: Callable[[], None], force: bool) -> bool:
@@ -225,10 +230,16 @@ class TrackedRun:
         """Read the points of a run that is reopened, so that they are not sent again."""
         for key in run.data.metrics:
             history = self._connection.client.get_metric_history(run.info.run_id, key)
-            self._sent |= {(key, point.step, point.value) for point in history}
+            self._sent |= {_identity(key, point.step, point.value) for point in history}
 
     def _send_params(self) -> None:
-        self._log("params", [Param(key, value) for key, value in self.unsent.params.items()])
+        # MLflow refuses a whole batch if one value in it differs from the recorded one.
+        known = self._connection.client.get_run(self.run_id).data.params
+        self._log("params", [Param(key, v) for key, v in self.unsent.params.items() if key not in known])
+        changed = sorted(key for key, v in self.unsent.params.items() if known.get(key, v) != v)
+        if changed:
+            of = self.unsent.stage or "the parent run"
+            log.warning("MLflow keeps the first values of these params of %s: %s", of, ", ".join(changed))
 
     def _send_tags(self) -> None:
         # In a batch MLflow would repeat a refused tag for half a minute.
@@ -236,9 +247,14 @@ class TrackedRun:
             self._connection.client.set_tag(self.run_id, key, value)
 
     def _send_points(self) -> None:
-        new = [point for point in self.unsent.points if (point[0], point[3], point[1]) not in self._sent]
+        new: dict[tuple[str, int, float], Metric] = {}
+        for key, value, when, step in self.unsent.points:
+            new.setdefault(_identity(key, step, value), Metric(key, value, when, step))
+        for sent in new.keys() & self._sent:
+            del new[sent]
         # MLflow stores a point that is sent twice once.
-        self._log("metrics", [Metric(*point) for point in new])
+        self._log("metrics", list(new.values()))
+        self._sent |= new.keys()
 
     def _send_datasets(self) -> None:
         inputs = [
@@ -299,6 +315,15 @@ class StageRun(TrackedRun):
         if error is not None:
             self.tag("dpo.error", one_line(error))
         self.end(status)
+
+
+def _identity(key: str, step: int, value: float) -> tuple[str, int, float]:
+    """What two points have in common of which MLflow is sent the first only.
+
+    A trainer that continues from a checkpoint, or is restarted, repeats steps with other times and speeds.
+    Step 0 is that of a stage's results, which a resumed run may change.
+    """
+    return key, step, 0.0 if step else value
 
 
 def _points(block: bytes, start_ms: int) -> list[Point]:

@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import yaml
+from filelock import FileLock, Timeout
 
 from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import RecipeError
@@ -52,6 +54,7 @@ T = TypeVar("T")
 
 PATIENCE = {"FINISHED": 30.0, "FAILED": 30.0, "KILLED": 5.0}  # seconds to wait for MLflow when a run ends
 FOLDER = "tracking_outbox"
+_LOCK = ".lock"
 _HEADLINE_PARAMS = 200
 VIEW = "dpo"
 """Name of a shared view of each experiment: `?viewStateShareKey=dpo` at the end of its address in the UI."""
@@ -99,6 +102,7 @@ class Tracker:
         self.experiment_id = ""
         self._unfinished: set[str] = set()
         self._stages: list[StageRun] = []
+        self._lock: FileLock | None = None
 
     def start_parent(
         self,
@@ -150,32 +154,44 @@ class Tracker:
         self.parent = TrackedRun(self.connection, unsent, self._keep_file)
         self.ask("the run's metrics", lambda _: self.parent.read_points(run))
         opened(self.run_id)
-        self.ask("the recipe", lambda client: self._log_texts(client, recipe))
+        self._drop_repeated()
         self.parent.tags(every)
         facts = {key: value for key, value in recipe.items() if key != "description"}
         settings = {key: value for key, value in flatten(facts).items() if value is not None}
         headline = sorted(settings, key=lambda key: key.count("."))[:_HEADLINE_PARAMS]
         self.parent.params({key: settings[key] for key in headline})
+        self._upload_texts(recipe)
         return self.run_id
 
-    def _log_texts(self, client: Any, recipe: Mapping[str, Any]) -> None:
-        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-        client.log_text(self.run_id, text, "config/recipe.yaml")
-        client.log_text(self.run_id, json.dumps(environment(), indent=1), "environment.json")
+    def _upload_texts(self, recipe: Mapping[str, Any]) -> None:
+        with TemporaryDirectory() as folder:
+            texts = Path(folder) / "recipe.yaml", Path(folder) / "environment.json"
+            text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+            texts[0].write_text(text, encoding="utf-8")
+            texts[1].write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+            self.parent.artifact(texts[0], "config")
+            self.parent.artifact(texts[1])
 
     def finish_parent(self, status: str = "FINISHED") -> None:
         """End the parent run with FINISHED, FAILED or KILLED; logs a warning if MLflow lacks something."""
         self.parent.end(status)
         deadline = time.monotonic() + PATIENCE[status]
-        runs = [*self._stages, self.parent]
-        while not all(run.send(force=True) for run in runs):
+        runs = [self.parent, *self._stages]
+        waiting = list(runs)
+        while waiting:
+            run = waiting.pop(0)
+            if run.send(force=True):
+                continue
+            waiting.append(run)  # MLflow may accept those of the other runs
             if time.monotonic() > deadline or self.connection.disk_fault:  # waiting does not free disk space
                 break
             time.sleep(0.5)
         unsaved = [run for run in runs if not self._save(run)]
         if not unsaved and not any(self._outbox.glob("*.json")):
             _remove(self._outbox)
+            self._release_outbox()
             return
+        self._release_outbox()
         log.warning(
             "MLflow at %s did not accept all writes; the artifacts are complete, and %s",
             self.connection.place,
@@ -271,6 +287,19 @@ class Tracker:
     def _outbox(self) -> Path:
         return self.workspace / FOLDER / self.run_id
 
+    def _lock_outbox(self) -> None:
+        """Create the outbox; other runs of the workspace leave it alone until this one ends."""
+        if self._lock is None:
+            self._outbox.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self._outbox / _LOCK, timeout=10, thread_local=False)
+            lock.acquire()
+            self._lock = lock
+
+    def _release_outbox(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def _save(self, run: TrackedRun) -> bool:
         """Save what MLflow lacks of a run; False if it would be lost with this process."""
         path = self._outbox / f"{quote(run.unsent.stage, safe='') or 'parent'}.json"
@@ -278,7 +307,7 @@ class Tracker:
             if run.complete:
                 path.unlink(missing_ok=True)
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock_outbox()
                 write_checked(path, {"place": self.connection.place, "unsent": asdict(run.unsent)})
         except OSError as error:
             log.warning("MLflow writes could not be saved in %s: %s", path, error)
@@ -288,6 +317,7 @@ class Tracker:
     def _keep_file(self, path: Path) -> Path:
         copy = self._outbox / "files" / uuid.uuid4().hex[:8] / path.name
         try:
+            self._lock_outbox()
             copy.parent.mkdir(parents=True)
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         except OSError as error:
@@ -298,18 +328,28 @@ class Tracker:
     def _send_saved(self, resumed: str | None) -> None:
         """Send what MLflow lacks of this workspace's earlier runs."""
         for folder in sorted((self.workspace / FOLDER).glob("*")):
-            for path in sorted(folder.glob("*.json")):
-                saved = read_checked(path, "MLflow will not get what is in it")
-                if saved is None or saved["place"] != self.connection.place:
-                    continue
-                # A resumed run repeats what its parent lacks, and has no end yet.
-                repeated = folder.name == resumed and not saved["unsent"]["stage"]
-                if not repeated:
-                    terminal.info("sending MLflow what it lacks of an earlier run: %s", path)
-                if repeated or TrackedRun(self.connection, Unsent(**saved["unsent"])).send():
-                    path.unlink(missing_ok=True)
-            if not any(folder.glob("*.json")):
-                _remove(folder)
+            if folder.is_dir():
+                with suppress(Timeout), FileLock(folder / _LOCK, timeout=0):  # a run at work holds it
+                    self._send_folder(folder, resumed)
+
+    def _send_folder(self, folder: Path, resumed: str | None) -> None:
+        for path in sorted(folder.glob("*.json")):
+            saved = read_checked(path, "MLflow will not get what is in it", keep=True)
+            if saved is None or saved["place"] != self.connection.place:
+                continue
+            if folder.name == resumed and not saved["unsent"]["stage"]:
+                continue
+            terminal.info("sending MLflow what it lacks of an earlier run: %s", path)
+            if TrackedRun(self.connection, Unsent(**saved["unsent"])).send():
+                path.unlink(missing_ok=True)
+        if not any(folder.glob("*.json")):
+            _remove(folder)
+
+    def _drop_repeated(self) -> None:
+        """Remove what was saved of the parent: a resumed run repeats it, and has no end yet."""
+        (self._outbox / "parent.json").unlink(missing_ok=True)
+        if not any(self._outbox.glob("*.json")):
+            _remove(self._outbox)
 
     # MLflow's runs and experiments --------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import requests
 
 from dpo_core.errors import StageFailed
 from tasks.recipe.sections import TrackingConfig
+from tasks.tracking.connection import Connection
 from tasks.tracking.registry import register_model
 from tasks.tracking.tracker import PATIENCE, Tracker
 from tests.support.runs.stored import python
@@ -150,12 +152,86 @@ def test_saved_writes_that_cannot_be_sent(
         path.write_text(path.read_text()[:200])
         opened(workspace).finish_parent()
         assert f"{path} is damaged" in caplog.text
+        assert list(path.parent.glob("files/*/train.log")), "which a person may upload"
         assert not children(tracker)
     else:
         other = Tracker(TrackingConfig(uri=f"sqlite:///{workspace}/other.db"), workspace)
         shutil.copyfile(workspace / "mlflow.db", workspace / "other.db")
         other.start_parent("run", recipe=RECIPE)
         assert path.exists()
+
+
+@pytest.mark.parametrize(("status", "given_up"), [(413, True), (403, True), (429, False), (503, False)])
+def test_an_upload_that_is_refused_is_no_outage(workspace: Path, status: int, given_up: bool) -> None:
+    response = requests.Response()
+    response.status_code = status
+
+    def send() -> None:
+        response.raise_for_status()
+
+    assert Connection(f"sqlite:///{workspace}/mlflow.db", workspace).attempt("page", send) == given_up
+
+
+def test_one_blocked_write_does_not_hold_up_the_other_runs(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = opened(workspace)
+    with monkeypatch.context() as away:
+        away.setattr(tracker.connection, "attempt", lambda *_, **__: False)
+        with tracker.child("prepare") as blocked, tracker.child("train") as run:
+            run.tag("late", "yes")
+    monkeypatch.setattr(blocked, "send", lambda **_: False)
+    monkeypatch.setitem(PATIENCE, "FINISHED", 1.0)
+    tracker.finish_parent()
+    (child,) = children(tracker)
+    assert (child.data.tags["late"], child.info.status) == ("yes", "FINISHED")
+
+
+def test_another_run_leaves_alone_what_a_run_at_work_has_saved(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = opened(workspace)
+    with monkeypatch.context() as away:
+        away.setattr(tracker.connection, "attempt", lambda *_, **__: False)
+        with tracker.child("train"):
+            pass
+    opened(workspace)
+    assert list(workspace.glob("tracking_outbox/*/train.json"))
+    assert not children(tracker)
+    tracker.finish_parent()
+    assert children(tracker)
+
+
+def test_a_resume_without_mlflow_removes_nothing(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = opened(workspace)
+    with full_disk(workspace):
+        tracker.parent.tag("dpo.error", "the disk is full")
+        tracker.finish_parent("FAILED")
+
+    def away(*_: object) -> None:
+        raise StageFailed("MLflow does not answer", "Start it")
+
+    monkeypatch.setattr(Tracker, "ask", away)
+    with pytest.raises(StageFailed):
+        opened(workspace, tracker.run_id)
+    assert list(workspace.glob("tracking_outbox/*/parent.json"))
+
+
+def test_a_stage_of_a_deleted_experiment_is_given_up(workspace: Path) -> None:
+    tracker = opened(workspace)
+    client(tracker).delete_experiment(tracker.experiment_id)
+    with tracker.child("train") as run:
+        run.tag("late", "yes")
+    tracker.finish_parent()
+    assert run.complete
+    assert not (workspace / "tracking_outbox").exists()
+
+
+def test_a_run_starts_without_the_artifact_store(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (workspace / "mlartifacts").touch()  # no folder can be made there
+    tracker = opened(workspace)
+    assert client(tracker).get_run(tracker.run_id).data.params["seed"] == "1"
+    assert "recipe.yaml of the parent run" in caplog.text
 
 
 def test_writes_that_could_not_be_saved_are_not_promised(

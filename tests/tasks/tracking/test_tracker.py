@@ -124,8 +124,10 @@ def test_resume_reopens_the_run_of_a_stage_and_goes_on(
     tracker: Tracker, workspace: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "metrics.jsonl"
-    log.write_text(lines(range(1, 8)))
+    log.write_text(lines(range(1, 8), speed=1.0))
     with pytest.raises(RuntimeError, match="step 7"), tracker.child("train") as run:  # noqa: PT012
+        run.metrics_from_jsonl(log)
+        log.write_text(lines(range(1, 8), speed=2.0))  # the cluster has started the job again
         run.metrics_from_jsonl(log)
         run.metrics({"eval": 1.0}, step=7)
         raise RuntimeError("killed at step 7")
@@ -138,7 +140,8 @@ def test_resume_reopens_the_run_of_a_stage_and_goes_on(
     time.sleep(0.05)
     assert "dpo.error" not in client(again).get_run(again.run_id).data.tags
     # The trainer goes on from the checkpoint of step 5 and writes steps 6 and 7 once more, at other times.
-    log.write_text(lines(range(1, 8)) + lines(range(6, 11)).replace("170000", "180000"))
+    repeated = lines(range(6, 11), speed=3.0).replace("170000", "180000")
+    log.write_text(lines(range(1, 8), speed=1.0) + repeated)
     with again.child("train") as resumed:
         assert resumed.run_id == run.run_id
         resumed.metrics_from_jsonl(log)
@@ -146,6 +149,7 @@ def test_resume_reopens_the_run_of_a_stage_and_goes_on(
     again.finish_parent()
     assert len(children(again)) == 1
     assert points(again, resumed, "loss") == [(s, s / 8) for s in range(1, 11)]
+    assert points(again, resumed, "speed") == [(s, 1.0 if s < 8 else 3.0) for s in range(1, 11)]
     assert points(again, resumed, "eval") == [(7, 1.0)]
     final = client(again).get_run(run.run_id)
     assert final.info.status == "FINISHED"
@@ -196,14 +200,14 @@ def test_params_and_tags_keep_to_the_limits(tracker: Tracker, caplog: pytest.Log
             {"long": "x" * 7000, "exact": "y" * 6000, "a": {"b": [1, 2], "c": None}, **many, "k" * 300: 1}
         )
         run.tag("long", "t" * 9000)
-        run.params({"p2": "changed"})
+        run.params({"p2": "changed", "new": 1})
     data = client(tracker).get_run(run.run_id).data
-    assert len(data.params) == 255
+    assert len(data.params) == 256
     assert (len(data.params["long"]), data.params["exact"]) == (6000, "y" * 6000)
     assert (data.params["a.b"], data.params["a.c"]) == ("[1, 2]", "null")
     assert len(data.tags["long"]) == 8000
-    assert data.params["p2"] == "2"
-    assert "refused params of prepare" in caplog.text
+    assert (data.params["p2"], data.params["new"]) == ("2", "1")
+    assert "keeps the first values of these params of prepare: p2" in caplog.text
 
 
 def test_metrics_of_any_number_and_name(tracker: Tracker) -> None:
