@@ -2,7 +2,7 @@
 
 The program sees the interpreter with its standard library and the system's libraries, read-only, and an empty
 folder in memory. It has all namespaces of its own, no capability, no environment but `PYTHONHASHSEED`, and a
-limit on every resource except the number of its empty files. If any part cannot be set up, it is not run.
+limit on every resource. If any part cannot be set up, it is not run.
 
 `passed` means that the process that started the program reached its last line: it then writes a random token
 to a private pipe. Any earlier exit with status 0 does not pass. A check within one process cannot rule out
@@ -26,9 +26,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import BinaryIO, Literal
@@ -39,7 +39,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 
-Outcome = Literal["passed", "failed", "timeout", "output", "killed"]
+Outcome = Literal["passed", "failed", "timeout", "output", "files", "killed"]
 INSTALL = "Install it: apt-get install bubblewrap libseccomp2. Or remove the suites that run code"
 REMEDY = (
     "Code of a model runs in Linux namespaces only (kernel 5.14 or newer). Allow them for this user: sysctl "
@@ -47,6 +47,8 @@ REMEDY = (
     "seccomp profile that permits unshare and mount. Or remove the suites that run code"
 )
 _TAIL = 4096  # last bytes of the output that are kept
+# Files, folders and links at once, which a tmpfs of bwrap does not limit: each takes 1 KiB of the kernel.
+_MOST_FILES = 1024
 _SETUP_SECONDS = 60  # time to set up the sandbox on a busy machine
 _READY = b"ready\n"
 # First in the sandbox to be killed if memory runs out; the shell has nothing else to do.
@@ -57,8 +59,8 @@ _CLONE_NEWUSER = 0x1000_0000
 # exposes kernel code that plain Python never uses. `socket` is included although the network namespace is
 # empty: AF_VSOCK reaches a virtual machine's host in spite of it.
 _REFUSED = (
-    "socket", "ptrace", "process_vm_readv", "process_vm_writev", "memfd_create", "shmget", "semget", "msgget",
-    "mq_open", "unshare", "setns", "mount", "add_key", "request_key", "keyctl", "bpf",
+    "socket", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "memfd_create", "shmget",
+    "semget", "msgget", "mq_open", "unshare", "setns", "mount", "add_key", "request_key", "keyctl", "bpf",
     "perf_event_open", "userfaultfd", "io_uring_setup",
 )  # fmt: skip
 
@@ -133,7 +135,8 @@ class ProgramResult:
 
     Args:
         outcome: `passed`: it reached its last line; `failed`: it raised or exited before; `timeout`: it
-            exceeded its wall or processor time; `output`: it printed too much; `killed`: another signal.
+            exceeded its wall or processor time; `output`: it printed too much; `files`: it made too many;
+            `killed`: another signal.
         status: exit status, negative for a signal; None if the sandbox stopped it.
         tail: the last characters of its output, stdout and stderr together.
     """
@@ -247,24 +250,26 @@ def _watch(
     tail, printed = b"", 0
     timer = threading.Timer(_SETUP_SECONDS, stop, ["timeout"])
     timer.start()
-    try:
-        ready = written.read(len(_READY)) == _READY
-        started = time.monotonic()
-        if ready:
+    with ExitStack() as limited:
+        try:
+            ready = written.read(len(_READY)) == _READY
+            started = time.monotonic()
+            if ready:
+                timer.cancel()
+                timer = threading.Timer(limits.wall_seconds, stop, ["timeout"])
+                timer.start()
+                limited.enter_context(_few_files(process, stop))
+            while part := process.stdout.read(65536):
+                tail = (tail + part)[-_TAIL:]
+                printed += len(part)
+                if printed > limits.output_kb * 1024 and not stopped:
+                    stop("output")
+            status = process.wait()
+        except BaseException:
+            end()
+            raise
+        finally:
             timer.cancel()
-            timer = threading.Timer(limits.wall_seconds, stop, ["timeout"])
-            timer.start()
-        while part := process.stdout.read(65536):
-            tail = (tail + part)[-_TAIL:]
-            printed += len(part)
-            if printed > limits.output_kb * 1024 and not stopped:
-                stop("output")
-        status = process.wait()
-    except BaseException:
-        end()
-        raise
-    finally:
-        timer.cancel()
     text = tail.decode(errors="replace")
     if not ready:
         reason = text.strip()[-300:] or f"it was not set up within {_SETUP_SECONDS} s"
@@ -280,6 +285,40 @@ def _watch(
     elif status < 0:
         outcome = "timeout" if status == -signal.SIGXCPU else "killed"
     return ProgramResult(outcome, status, text, seconds)
+
+
+@contextmanager
+def _few_files(process: subprocess.Popen[bytes], stop: Callable[[Outcome], None]) -> Iterator[None]:
+    """Stop the program when it has too many files.
+
+    Raises:
+        StageFailed: its folder cannot be seen from outside.
+    """
+    try:
+        (first,) = psutil.Process(process.pid).children()
+        folder = os.open(f"/proc/{first.pid}/root/tmp", os.O_PATH)
+    except (ValueError, psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        yield  # the program has ended
+        return
+    except OSError as error:
+        raise StageFailed(f"the sandbox's folder cannot be watched: {error.strerror}", REMEDY) from error
+    ended = threading.Event()
+
+    def count() -> None:
+        while not ended.wait(0.05):
+            space = os.fstatvfs(folder)
+            if space.f_files - space.f_ffree > _MOST_FILES:
+                stop("files")
+                break
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        counter.join()
+        os.close(folder)
 
 
 def _command(limits: Limits, filters: int, result: int) -> list[str]:
@@ -357,7 +396,7 @@ def _filter() -> bytes:
     """The program of the kernel's filter that fails the refused calls with EPERM, as libseccomp compiles it.
 
     Raises:
-        StageFailed: libseccomp is not installed.
+        StageFailed: libseccomp is not installed, or lacks one of the calls.
     """
     try:
         library = ctypes.CDLL("libseccomp.so.2")
@@ -365,13 +404,23 @@ def _filter() -> bytes:
         raise StageFailed("the sandbox for model-written code needs libseccomp", INSTALL) from error
     library.seccomp_init.restype = ctypes.c_void_p
     allow, fail = 0x7FFF_0000, 0x0005_0000
-    context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(allow)))
+
+    def done(what: str, succeeded: bool) -> None:
+        if not succeeded:
+            reason = f"libseccomp cannot make the sandbox's filter: {what}"
+            raise StageFailed(reason, "Install libseccomp 2.5.0 or newer. Or remove the suites that run code")
+
+    address = library.seccomp_init(ctypes.c_uint32(allow))
+    done("seccomp_init failed", bool(address))
+    context = ctypes.c_void_p(address)
 
     def refuse(call: str, error: int, *conditions: bytes) -> None:
         number = library.seccomp_syscall_resolve_name(call.encode())
-        library.seccomp_rule_add_array(
+        done(f"it does not know {call}", number != -1)
+        added = library.seccomp_rule_add_array(
             context, ctypes.c_uint32(fail | error), number, len(conditions), b"".join(conditions) or None
         )
+        done(f"the rule of {call} was not added", added == 0)
 
     for name in _REFUSED:
         refuse(name, errno.EPERM)
@@ -380,7 +429,7 @@ def _filter() -> bytes:
     refuse("clone", errno.EPERM, struct.pack("=IIQQ", 0, 7, _CLONE_NEWUSER, _CLONE_NEWUSER))
     refuse("clone3", errno.ENOSYS)
     with tempfile.TemporaryFile() as file:
-        library.seccomp_export_bpf(context, file.fileno())
+        done("it was not written", library.seccomp_export_bpf(context, file.fileno()) == 0)
         library.seccomp_release(context)
         file.seek(0)
         return file.read()

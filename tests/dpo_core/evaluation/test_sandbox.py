@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo_core.evaluation.sandbox import Limits, ProgramResult, run_many, run_python
+from dpo_core.errors import StageFailed
+from dpo_core.evaluation.sandbox import Limits, ProgramResult, _filter, run_many, run_python
 from tests.support.sandboxes import CHECKOUT, OrdinaryUser, is_program, namespaces, watched, why_no_sandbox
 
 Sandbox = Callable[[str, Limits], ProgramResult]
@@ -199,6 +200,14 @@ else: raise AssertionError("open files without end")
     )
 
 
+@pytest.mark.parametrize("make", ["open(str(i), 'w').close()", "os.mkdir(str(i))", "os.symlink('/', str(i))"])
+def test_a_program_may_make_a_thousand_files_and_no_more(sandbox: Sandbox, make: str) -> None:
+    program = f"import os, time\nfor i in range({{}}): {make}\ntime.sleep(0.3)"
+    passes(sandbox, program.format(1000))
+    ran = sandbox(program.format(1100), SHORT)
+    assert (ran.outcome, ran.status) == ("files", None)
+
+
 # --- what it can reach ------------------------------------------------------------------------------------
 
 
@@ -352,7 +361,9 @@ for number in range(1, 32):
     for target in (1, -1):
         try: os.kill(target, number)
         except OSError: pass
-assert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == -1
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.ptrace(16, 1, 0, 0) == -1
+assert libc.syscall(438, -1, 0, 0) == -1 and ctypes.get_errno() == 1, "pidfd_getfd"
 time.sleep(0.1)
 assert os.getppid() == 1
 """,
@@ -478,6 +489,12 @@ def test_a_machine_that_gives_no_sandbox_is_refused(command: list[str], reason: 
     )
     assert reason in ran.stdout
     assert remedy in ran.stdout
+
+
+def test_a_filter_that_lacks_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_core.evaluation.sandbox._REFUSED", ("socket", "no_such_call"))
+    with pytest.raises(StageFailed, match="it does not know no_such_call"):
+        _filter.__wrapped__()
 
 
 def test_a_narrow_umask_does_not_shut_the_program_out() -> None:
