@@ -61,8 +61,9 @@ def run(kind: Any, job: Any, monitor: LivenessMonitor) -> None:
     trust_digests(job.trusted_code)
     if isinstance(job, ModelJob):
         ranks = start_ranks(work, job.ranks, monitor)
-        result = kind.run(job, ranks)
         rank = ranks.rank
+        # A launcher may have started more: they must not all write the same files.
+        result = None if job.one_rank and rank else kind.run(job, ranks)
     else:
         result, rank = kind.run(job, monitor), int(os.environ.get("RANK", "0"))
     if rank == 0:

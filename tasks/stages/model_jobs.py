@@ -69,13 +69,15 @@ class CommandJobs:
                 # The folder depends on the key alone: a command repeated after a kill continues the job.
                 work = store.begin(name, key)
                 fields = {"work": str(work), "ranks": self.ranks, "trusted_code": tuple(trusted_digests())}
-                path = write_job(make(fields))
-                launcher = launcher_of(self.cluster, f"{name} {work}", stop.no_time_to_save, self.server)
+                job = make(fields)
+                path = write_job(job)
+                cluster = self.cluster.for_one_rank() if self.cluster and job.one_rank else self.cluster
+                launcher = launcher_of(cluster, f"{name} {work}", stop.no_time_to_save, self.server)
 
                 def on_poll() -> None:
                     show(min(finished_units(work), total), total)
 
-                result = watch(name, launcher, path, self.ranks.processes or 1, stop, on_poll)
+                result = watch(name, launcher, path, job.processes, stop, on_poll)
             shutil.rmtree(work, ignore_errors=True)
             return result
 

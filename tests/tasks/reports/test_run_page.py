@@ -5,12 +5,14 @@ from itertools import pairwise
 
 import pytest
 
+from dpo_core.evaluation.decision import refuse_same_weights
 from dpo_core.methods.registry import get
 from tasks.reports.drawing import COLOURS, svg
 from tasks.reports.figures import MAX_POINTS, curve_figures
 from tasks.reports.measured import MAX_SAMPLES
 from tasks.reports.run_report import RunReport, Sample, Turn
 from tests.support.reports.outline import Outline
+from tests.support.reports.rendered import note, shown, text
 from tests.support.reports.rendered import page as render
 from tests.support.reports.run_reports import (
     decided,
@@ -218,6 +220,12 @@ def test_a_decision_is_the_headline_and_what_was_measured_stays_below_it() -> No
     assert "Decision to promote" not in page
     assert "Decision to promote (the recipe does not request one)" in render(example(curves={}))
     assert Outline(render(decided(promote=True, curves={}))).headings[0] == (1, "Promote")
+
+
+def test_a_decision_without_rules_is_shown_by_every_renderer() -> None:
+    report = decided(promote=False, decision=refuse_same_weights("DPO", "version 3"), curves={})
+    for show in (render, text, note, shown):
+        assert "Nothing new: these are the champion" in show(report)
 
 
 def test_an_early_decision_stands_alone_where_nothing_was_measured() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from deploy.launchers.registry import Cluster
 from dpo_core.checked_json import write_checked
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig, seed_for
-from dpo_core.jobs.files import InferenceConfig, ModelJob
+from dpo_core.jobs.files import CompareTokensJob, InferenceConfig, ModelJob
 from tasks.stages.judging import answers_of
 from tasks.stages.model_jobs import CommandJobs, asked_model
 from tasks.stages.suite_results import checkpoint_of
@@ -61,6 +62,25 @@ def test_a_repeated_command_goes_on_where_its_job_was_killed(tmp_path: Path) -> 
     assert differing == [subject.tokenizer.decode([5])], "what was kept, and nothing else"
     assert progress[-1] == (len(ASKED), len(ASKED))
     assert not work.exists()
+
+
+def test_a_job_of_one_rank_is_started_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"nodes": 2, "gpus": 8}
+    cluster = Cluster.model_validate({"on": "slurm", "settings": settings})
+    started: list[tuple[int, int, int]] = []
+    monkeypatch.setattr("tasks.stages.model_jobs.launcher_of", lambda cluster, *rest: cluster)
+    monkeypatch.setattr(
+        "tasks.stages.model_jobs.watch",
+        lambda name, cluster, path, processes, *rest: started.append(
+            (cluster.settings.nodes, cluster.settings.gpus, processes)
+        ),
+    )
+    jobs = CommandJobs(
+        tmp_path, InferenceConfig(processes=4), lambda title: nullcontext(lambda *now: None), cluster
+    )
+    jobs.named("compare", "comparing")("a" * 64, lambda on: CompareTokensJob(**on, model="m", other="o"), 1)
+    jobs.named("tag", "tagging")("b" * 64, lambda on: ModelJob(**on), 1)
+    assert started == [(1, 0, 1), (2, 8, 4)]
 
 
 @pytest.mark.slow
