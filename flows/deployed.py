@@ -1,5 +1,6 @@
 """The flow of deployments: a worker runs it with the name of a recipe, as `dpo run` does."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
+from dpo_core.system import end_with_parent
 from flows.process.environment import keep_quiet
 from flows.process.leases import outlive_leases
 
+if "PREFECT__FLOW_RUN_ID" in os.environ:
+    # Without its worker, the run would continue unseen, and no button would stop it. Before the slow imports.
+    end_with_parent()
 keep_quiet()
 outlive_leases()
 

@@ -17,7 +17,7 @@ from deploy.launchers.base import Launcher, State, clear
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import SECRET_NAME
-from dpo_core.system import digest_text
+from dpo_core.system import digest_text, write_atomic
 
 T = TypeVar("T")
 
@@ -247,7 +247,7 @@ class ClusterLauncher(Launcher):
                 self.cancel(existing)
                 self.attempt += 1
                 existing = self.find(work)
-            count.write_text(str(self.attempt))
+            write_atomic(count, str(self.attempt))
             return existing or self._start_once(job, processes, work)
 
     def _start_once(self, job: Path, processes: int, work: Path) -> str:

@@ -21,7 +21,8 @@ Json = dict[str, Any]
 TIMEOUT = 15.0
 """Maximum seconds of one request."""
 RETRIES = 45
-"""How often a request is repeated, up to 15 s apart, ten minutes in all; the job continues meanwhile."""
+"""How often a request is repeated, up to 15 s apart: for ten minutes while the server refuses connections,
+and for twenty while it hangs. The job continues meanwhile."""
 JOBSETS = ("jobset.x-k8s.io", "v1alpha2", "jobsets")
 WORKLOADS = ("kueue.x-k8s.io", "v1beta2", "workloads")
 

@@ -18,6 +18,7 @@ from deploy.launchers import cluster, torchrun
 from deploy.launchers.base import LOG, State, command_end, final_state, tail
 from deploy.launchers.cluster import ClusterConfig, ClusterLauncher, Handle, require_command
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.system import write_atomic
 
 log = logging.getLogger("dpo")
 
@@ -130,7 +131,7 @@ class SlurmLauncher(ClusterLauncher):
             remedy = "Request less, wait for other jobs, or choose another account or QOS"
             raise StageFailed(f"quota exceeded: {error.problem}", remedy) from error
         handle = str(Handle(number, work))
-        self._record(work).write_text(handle)
+        write_atomic(self._record(work), handle)
         return handle
 
     def _record(self, work: Path) -> Path:

@@ -134,11 +134,13 @@ class ReferenceCache:
         """Rewrite all shards as one; the old ones are removed once it is saved. Returns their number."""
         before = list(self._shards)
         if len(before) > 1:
+            used = last_used(self.folder)
             self._add(self.select([row.tobytes() for row in self._indexed()[0]]))
             for name in before:
                 del self._shards[name]
                 discard(self.folder / name)
             self._index = None
+            os.utime(self.folder, (used, used))  # merging is no use
         return len(before)
 
     def _indexed(self) -> tuple[NDArray[np.uint64], Ints, Ints]:

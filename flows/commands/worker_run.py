@@ -11,7 +11,6 @@ from prefect.states import Completed, Failed
 
 from dpo_core.data.files.confined import confine
 from dpo_core.errors import DpoError, RecipeError
-from dpo_core.system import end_with_parent
 from dpo_core.yaml import quoted
 from flows import alignment
 from flows.commands.cluster import read_cluster
@@ -33,8 +32,6 @@ def run_on_worker(
     """Run the recipe and return the final state of its flow run."""
     log = logging.getLogger("dpo")
     log.setLevel(logging.INFO)
-    if "PREFECT__FLOW_RUN_ID" in os.environ:
-        end_with_parent()  # without its worker, the run would continue unseen, and no button would stop it
     try:
         sets = [*overrides, *data_overrides(data)]
         cluster = read_cluster(on, settings, [])

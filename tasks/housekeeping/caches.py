@@ -52,7 +52,8 @@ def clean_caches(workspace: Path, *, unused_days: float, dry_run: bool) -> Clean
         count = len(shard_folders(folder))
         if count > 1 and last_used(folder) >= limit:
             merged[folder.name] = count if dry_run else ReferenceCache(folder).merge()
-    for path in [*leftovers(root), *(path for folder in _references(root) for path in leftovers(folder))]:
+    folders = [root, *_references(root), workspace / SUITE_RESULTS, *(workspace / REPLIES).glob("*")]
+    for path in [path for folder in folders for path in leftovers(folder)]:
         removed.append(Removed(what=str(path.relative_to(workspace)), why="unfinished", bytes=size_of(path)))
         if not dry_run:
             remove(path)

@@ -29,6 +29,7 @@ from tasks.promotion.ledger import Ledger, hold_champion, registered_models
 from tasks.runs.references import UsedArtifacts, read_references
 from tasks.store.facts import ModelFacts, facts_of
 from tasks.store.files import CONVERT_MODEL, disk_errors, open_workspace, size_of
+from tasks.store.locks import is_held
 from tasks.store.store import Store
 from tasks.tracking.tracker import Tracker
 
@@ -306,13 +307,17 @@ def _objects(store: Store) -> Iterator[Path]:
 
 
 def _scratch(store: Store, keys: set[tuple[str, str]], finished: set[tuple[str, str]]) -> dict[Path, str]:
-    """Working folders of finished stages, and of stages that no unfinished run references."""
+    """Working folders of finished stages, and of stages that no unfinished run references.
+
+    Not those that are in use: `dpo evaluate` and `dpo compare` work in folders of which no run has a record.
+    """
     in_work = {(stage, key[:16]) for stage, key in keys - finished}
     done = {(stage, key[:16]) for stage, key in finished}
     return {
         folder: "finished" if (folder.parent.name, folder.name) in done else "unused"
         for folder in sorted((store.workspace / "work").glob("*/*"))
         if (folder.parent.name, folder.name) not in in_work
+        and not any(map(is_held, (store.root / "locks").glob(f"{folder.parent.name}-{folder.name}*.lock")))
     }
 
 

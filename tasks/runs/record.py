@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
 
 from dpo_core.config import Config
@@ -24,7 +24,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.system import write_atomic
 from dpo_core.temporary import Owner, this_process
 from tasks.store.files import disk_errors, open_workspace, run_folder
-from tasks.store.locks import holder_of, locked
+from tasks.store.locks import holder_of, is_held, locked
 
 if TYPE_CHECKING:
     from tasks.tracking.tracker import Tracker  # listing runs must not import it
@@ -151,17 +151,7 @@ def run_lock(workspace: str | Path, run_id: str) -> Iterator[None]:
 
 def is_locked(workspace: str | Path, run_id: str) -> bool:
     """Whether a living process holds the run's lock."""
-    lock = FileLock(_lock_path(workspace, run_id))
-    if not Path(lock.lock_file).exists():
-        return False
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:  # nobody can run in a folder that is not writable
-        return False
-    lock.release()
-    return False
+    return is_held(_lock_path(workspace, run_id))
 
 
 def _lock_path(workspace: str | Path, run_id: str) -> Path:

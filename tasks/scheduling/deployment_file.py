@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from datetime import datetime, timedelta
 from typing import Any, Literal
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
@@ -54,6 +54,8 @@ class DeploymentSchedule(Config):
             self.for_prefect()
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        except (ZoneInfoNotFoundError, OSError) as error:
+            raise ValueError(f"{self.timezone} is not the name of a time zone") from error
         if self.interval and self.interval >= timedelta(days=1) and _has_daylight_saving(self.timezone):
             # Prefect counts seconds from the anchor, so the hour of the day changes with the clocks.
             raise ValueError(
@@ -67,6 +69,7 @@ class DeploymentSchedule(Config):
 
         Raises:
             ValueError: Prefect cannot read its rule or time zone.
+            ZoneInfoNotFoundError: there is no such time zone.
         """
         fields = self.model_dump(exclude_none=True)
         if self.anchor_date and self.anchor_date.tzinfo is None:

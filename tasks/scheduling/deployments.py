@@ -16,13 +16,14 @@ from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
 )
-from prefect.deployments.runner import RunnerDeployment
+from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.server.schemas.schedules import SCHEDULE_TYPES
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter
 
+from dpo_core.errors import RecipeError
 from tasks.scheduling.automations import Change, Step, automation_fields, differences, removal
 from tasks.scheduling.deployment_file import MADE_BY, Deployment
 
@@ -81,7 +82,12 @@ def plan_deployment(client: Any, automations: list[Any], deployment: Deployment,
     stale = [s for s in (deployed.schedules if deployed else []) if _schedule_place(s) not in new]
 
     def apply() -> None:
-        made.apply()
+        try:
+            made.apply()
+        except DeploymentApplyError as error:
+            raise RecipeError(
+                f"the server refused the deployment {deployment.name}: {error}", "Correct the deployment file"
+            ) from error
         for schedule in stale:
             client.delete_deployment_schedule(deployed.id, schedule.id)
 

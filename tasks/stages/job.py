@@ -106,6 +106,8 @@ def watch(
         raise
     finally:
         launcher.cancel(handle)
+        with suppress(Exception):
+            on_poll()  # a job that is cancelled saves, and may have made another step
     if state is not State.DONE:
         raise _job_error(name, work, launcher.logs(handle), state, why)
     result: dict[str, Any] = json.loads((work / "result.json").read_text())

@@ -48,6 +48,21 @@ def locked(
         lock.release()
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living process holds the lock of this file."""
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # nobody can work in a folder that is not writable
+        return False
+    lock.release()
+    return False
+
+
 def holder_of(path: Path) -> str:
     """The holder of a lock, in words. Waits up to half a second for its name, written after locking."""
     for _ in range(10):

@@ -25,7 +25,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dpo_core.checked_json import read_checked, write_checked
-from dpo_core.errors import RecipeError
+from dpo_core.errors import RecipeError, StageFailed
 from tasks.provenance import environment, source_tags
 from tasks.recipe.sections import TrackingConfig
 from tasks.store.files import open_workspace
@@ -277,9 +277,12 @@ class Tracker:
         return self.connection.must(what, call, RUN_PATIENCE if self.run_id else START_PATIENCE)
 
     def describe_version(self, name: str, version: str, text: str) -> None:
-        """Set the Markdown description of a registered version, if MLflow answers."""
-        update = self.connection.client.update_model_version
-        self.connection.attempt("a description", lambda: update(name, version, cut(text, TAG_CHARS)))
+        """Set the Markdown description of a registered version; without an answer of MLflow it is lost."""
+        what, text = f"the description of version {version} of {name}", cut(text, TAG_CHARS)
+        try:
+            self.connection.must(what, lambda client: client.update_model_version(name, version, text))
+        except (RecipeError, StageFailed) as error:
+            log.warning("%s is not set: %s", what, error)
 
     # What MLflow lacks, on disk -----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Checks of MLflow: the tracking database or server that the runs of a workspace write to."""
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -50,8 +51,8 @@ def _remedy(uri: str, problem: str) -> str:
         )
     if not uri.startswith("http"):
         return "Make it writable. If it is damaged, move it away: runs create a new one and keep artifacts"
-    if "401" in problem:
+    if re.search(r"\b401\b", problem):
         return "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if "403" in problem:
+    if re.search(r"\b403\b", problem):
         return f"Start it with --allowed-hosts {urlsplit(uri).netloc} (including the port)"
     return "Start an MLflow server there (dpo ui, or mlflow server), or unset MLFLOW_TRACKING_URI"

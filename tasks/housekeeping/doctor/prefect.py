@@ -15,6 +15,7 @@ from tasks.scheduling.heartbeats import HEARTBEAT_AUTOMATION
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 Rows = list[dict[str, Any]]
+_NOTIFY = "export DPO_NOTIFY_URL=…, then dpo deploy"
 
 
 def server() -> Iterator[CheckResult]:
@@ -130,9 +131,11 @@ def _automations(automations: Rows, deployments: set[str]) -> Iterator[CheckResu
         yield warning("lost runs", f"the automation that ends runs of dead workers {says}", remedy)
     if not any(name.startswith(PREFIX) for name in enabled):
         says = "no notification is configured for failed or late runs"
-        yield warning("alerts", says, "export DPO_NOTIFY_URL=…, then dpo deploy")
+        yield warning("alerts", says, _NOTIFY)
     elif off := [name for name in ALERTS if not enabled.get(PREFIX + name)]:
-        yield warning("alerts", f"missing or disabled: {', '.join(off)}", "dpo deploy")
+        yield warning(
+            "alerts", f"missing or disabled: {', '.join(off)}", f"{_NOTIFY}; enable disabled ones in the UI"
+        )
     else:
         yield ok("alerts", f"{len(ALERTS)} automations")
 

@@ -220,6 +220,20 @@ def differences(new: Any, old: Any) -> list[str]:
     return [str(change) for change in plan_deployment(server, server.automations, new, _flow()).changes]
 
 
+def test_a_deployment_that_the_server_refuses_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
+
+    from tasks.scheduling.deployments import plan_deployment
+
+    def refuse(_: Any) -> None:
+        raise DeploymentApplyError("Work pool dpo has no queue x")
+
+    monkeypatch.setattr(RunnerDeployment, "apply", refuse)
+    step = plan_deployment(Server(None), [], deployment(), _flow())
+    with pytest.raises(RecipeError, match="refused the deployment nightly: Work pool dpo has no queue x"):
+        step.apply()
+
+
 def test_the_same_is_no_difference_whatever_its_order() -> None:
     other = deployment(tags=[], triggers=[NEW | {"expect": ["a", "b"]}], parameters={"recipe": "demo"})
     assert differences(other, deployment()) == []

@@ -81,8 +81,14 @@ def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(
         "import sys; from pathlib import Path; from dpo_core.temporary import temporary_in;"
         "p = temporary_in(Path(sys.argv[1])); p.mkdir(); (p / 'a.npy').write_bytes(bytes(1000)); print(p)"
     )
-    command = [sys.executable, "-c", script, str(cache.folder)]
-    dead = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+    def killed(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", script, str(folder)]
+        return Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+
+    caches = (cache.folder, tmp_path / SUITE_RESULTS, tmp_path / REPLIES / "aa")
+    dead = [killed(folder) for folder in caches]
     living = temporary_in(cache.folder)
     foreign, old = cache.folder / "tmp-elsewhere+1+2+0123", cache.folder / "tmp-elsewhere+1+2+4567"
     for folder in (living, foreign, old):
@@ -90,10 +96,10 @@ def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(
     os.utime(old, (0, 0))
     removed = clean_caches(tmp_path, unused_days=90, dry_run=False).removed
     assert {(item.what, item.why) for item in removed} == {
-        (str(path.relative_to(tmp_path)), "unfinished") for path in (dead, old)
+        (str(path.relative_to(tmp_path)), "unfinished") for path in (*dead, old)
     }
-    assert sum(item.bytes for item in removed) == 1000
-    assert [p.exists() for p in (dead, old, living, foreign)] == [False, False, True, True]
+    assert sum(item.bytes for item in removed) == 3000
+    assert [p.exists() for p in (*dead, old, living, foreign)] == [False] * 4 + [True, True]
 
 
 def test_what_was_not_used_lately_goes_and_why_is_said(tmp_path: Path, cache: ReferenceCache) -> None:
@@ -117,7 +123,6 @@ def test_what_was_not_used_lately_goes_and_why_is_said(tmp_path: Path, cache: Re
     ):
         assert line in listed
     assert CliRunner().invoke(app, [*arguments, "--unused-for", "92"]).exit_code == 0
-    age(cache.folder, 91)  # the merge was a use
     assert read_checked(result, "") == {"suite": "ifeval"}
     age(result, 91)
     assert CliRunner().invoke(app, arguments).exit_code == 0

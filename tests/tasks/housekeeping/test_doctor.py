@@ -225,6 +225,11 @@ def test_mlflow_servers_that_refuse(
         assert part in only(mlflow.tracking(tmp_path), "failure").remedy
 
 
+def test_a_port_is_no_status() -> None:
+    refused = "HTTPConnectionPool(host='127.0.0.1', port=5401): Connection refused; port=4030"
+    assert "dpo ui" in mlflow._remedy("http://127.0.0.1:5401", refused)
+
+
 def test_servers_that_are_dead_or_silent_cost_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

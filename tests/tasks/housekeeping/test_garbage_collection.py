@@ -187,6 +187,16 @@ def test_scratch_is_kept_for_the_unfinished_run_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "work" / "made").iterdir()] == [_key(0)[:16]]
 
 
+def test_scratch_of_a_command_at_work_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.lock("job", _key(0)):
+        work = store.begin("job", _key(0))
+        free(tmp_path)
+        assert work.is_dir()
+    free(tmp_path)
+    assert not work.exists()
+
+
 def test_a_run_whose_record_cannot_be_read_keeps_what_it_looked_up(tmp_path: Path) -> None:
     _build(tmp_path, [Result(0, (), True), Result(1, (), True)], [PlannedRun(frozenset({0}), "done")])
     (tmp_path / "runs" / "run-0" / "run.json").write_text("{")

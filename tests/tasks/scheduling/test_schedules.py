@@ -47,6 +47,12 @@ def test_an_interval_of_days_is_refused_where_the_clocks_change() -> None:
     assert times("2026-06-01T00:00:00Z", 1, timezone="UTC", **daily) == ["2026-06-01T04:30+00:00"]
 
 
+@pytest.mark.parametrize("zone", ["Europe/Berln", "Europe"])
+def test_an_interval_in_an_unknown_time_zone_is_refused(zone: str) -> None:
+    with pytest.raises(ValidationError, match=f"{zone} is not the name of a time zone"):
+        times("2026-06-01T00:00:00Z", 1, interval=3600, anchor_date="2026-01-01T00:00:00", timezone=zone)
+
+
 def test_in_new_york_they_change_on_other_days() -> None:
     fire_times = times("2027-03-13T00:00:00Z", 3, cron="0 6 * * *", timezone="America/New_York")
     assert fire_times == ["2027-03-13T06:00-05:00", "2027-03-14T06:00-04:00", "2027-03-15T06:00-04:00"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
 
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.recipe.sections import TrackingConfig
@@ -248,7 +249,9 @@ def test_artifacts(tracker: Tracker, tmp_path: Path) -> None:
     assert (folder / "report/page.html").read_text() == (folder / "all/page.html").read_text() == "page"
 
 
-def test_register_model_by_reference(tracker: Tracker, tmp_path: Path) -> None:
+def test_register_model_by_reference(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = tmp_path / "model"
     weights.mkdir()
     version = register_model(tracker, "tiny.policy", str(weights), tags={"dpo.sha256": "a" * 64})
@@ -256,6 +259,14 @@ def test_register_model_by_reference(tracker: Tracker, tmp_path: Path) -> None:
     registered = client(tracker).get_model_version_by_alias("tiny.policy", "challenger")
     assert (str(registered.version), registered.run_id) == (version, tracker.run_id)
     assert registered.tags == {"dpo.weights_uri": weights.as_uri(), "dpo.sha256": "a" * 64}
+    update, answers = tracker.connection.client.update_model_version, [MlflowException("away")]
+
+    def away_at_first(*arguments: Any) -> Any:
+        if answers:
+            raise answers.pop()
+        return update(*arguments)
+
+    monkeypatch.setattr(tracker.connection.client, "update_model_version", away_at_first)
     tracker.describe_version("tiny.policy", version, "# It won")
     assert client(tracker).get_model_version("tiny.policy", version).description == "# It won"
     second = register_model(tracker, "tiny.policy", str(tmp_path / "other"), alias="champion")
