@@ -37,7 +37,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 fast: $(VENV)/.test
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What takes hours: real servers, whole runs, kills and full disks; ends with one table of files and times.
 nightly: $(VENV)/.test

@@ -1,7 +1,9 @@
 """Fixtures that all tests share."""
 
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set an order, and what runs in one worker of pytest-xdist: a file, and all that read the finished run.
-
-    What takes minutes begins, so that no worker is left alone with it at the end.
-    """
+    """Begin with what takes minutes, so that no worker is left alone with it at the end."""
     longest = ("test_bad_inputs.py", "flows", "jobs", "cli")
 
     def urgency(item: pytest.Item) -> int:
@@ -38,11 +36,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 1 if item.path.name in longest or item.path.parent.name in longest else 2
 
     for item in items:
-        group = "finished" if urgency(item) == 0 else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
         if item.path.parent.name == "security":
             item.add_marker(pytest.mark.security)
     items.sort(key=urgency)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker of pytest-xdist runs a whole file, and one runs all files that read the shared runs."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixture(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(config.rootpath / nodeid.partition("::")[0])
+
+    return ByFixture(config, log)
+
+
+@cache
+def _group(file: Path) -> str:
+    return "finished" if re.search(r"\b(finished|graph): ", file.read_text()) else str(file)
 
 
 @pytest.hookimpl(optionalhook=True)
