@@ -55,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @cache
 def _group(file: Path) -> str:
-    return "finished" if re.search(r"\b(finished|graph): ", file.read_text()) else str(file)
+    return "finished" if re.search(r"\b(finished|graph)[,:)]", file.read_text()) else str(file)
 
 
 @pytest.hookimpl(optionalhook=True)
