@@ -72,6 +72,7 @@ def test_the_run_starts_from_the_champion_and_says_so(nightly: tuple[Bench, dict
     assert tags["dpo.base_model"].startswith(words)
 
 
+@pytest.mark.slow  # two more whole runs
 def test_other_weights_are_imported_and_the_same_by_another_name_are_not(
     nightly: tuple[Bench, dict, dict],
 ) -> None:

@@ -199,6 +199,7 @@ def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
         find_model("models:/dpo-x@champion", tmp_path)
 
 
+@pytest.mark.slow  # the models of a run are found by test_online_methods, suites and judge run above
 def test_every_policy_of_a_run_is_put_through_the_suites_and_before_a_judge(
     finished: tuple[Bench, dict[str, Any]], data: Path, server: Server
 ) -> None:
