@@ -1,10 +1,10 @@
 """HTTP client of servers that may be busy or down: posts JSON, and asks again what may succeed later.
 
-A request is repeated after no connection, a time-out, 408, 409, 429 and 5xx: after a Retry-After of up to two
-minutes, otherwise after waits that double from half a second to sixteen. (The retries of httpx itself repeat
-a failed connection only.) Redirects are not followed: they would repeat the request as a GET, perhaps to
-another server. The secret of a client, sent as its bearer token, appears in no error and no log, even if the
-server repeats it.
+A request is repeated after no connection, a time-out, 408, 409, 429 and 5xx, unless the answer's header
+`x-should-retry` is `false`: after its Retry-After, but two minutes at most, otherwise after waits that double
+from half a second to sixteen. (The retries of httpx itself repeat a failed connection only.) Redirects are
+not followed: they would repeat the request as a GET, perhaps to another server. The secret of a client, sent
+as its bearer token, appears in no error and no log, even if the server repeats it.
 """
 
 import json
@@ -27,7 +27,7 @@ from dpo_core.redaction import HIDDEN
 log = logging.getLogger("dpo")
 
 _SHOWN = 240  # characters of an answer that an error quotes
-_LONGEST_WAIT = 120.0  # seconds of a Retry-After beyond which nobody waits
+_LONGEST_WAIT = 120.0  # seconds; a longer Retry-After is cut to this
 
 
 class RequestFailed(StageFailed):
@@ -53,7 +53,8 @@ class Answer:
     def transient(self) -> bool:
         """Whether the same request may succeed later."""
         untrusted = "CERTIFICATE_VERIFY_FAILED" in self.problem
-        return (self.status in (0, 408, 409, 429) or self.status >= 500) and not untrusted
+        final = untrusted or self.headers.get("x-should-retry", "") == "false"
+        return (self.status in (0, 408, 409, 429) or self.status >= 500) and not final
 
     @property
     def retry_after(self) -> float:
@@ -118,11 +119,13 @@ class JsonServer:
         content = json.dumps(body).encode()  # as ASCII: a text cut inside a character is no UTF-8
         attempt = 1
         while not 200 <= (answer := self._once(content)).status < 300:
-            if not answer.transient or attempt > self._retries or answer.retry_after > _LONGEST_WAIT:
+            if not answer.transient or attempt > self._retries:
                 raise self._failure(answer, attempt)
             # Random, so that threads do not all ask again at the same moment.
-            wait = answer.retry_after or 0.25 * 2 ** min(attempt, 6) * random.uniform(0.75, 1)
-            log.info("%s %s; trying again in %.1f s", self.name, answer.problem, wait)
+            wait = min(answer.retry_after, _LONGEST_WAIT) or 0.25 * 2 ** min(attempt, 6) * random.uniform(
+                0.75, 1
+            )
+            log.warning("%s %s; trying again in %.1f s", self.name, answer.problem, wait)
             time.sleep(wait)
             attempt += 1
         return answer.content
@@ -150,7 +153,7 @@ class JsonServer:
         if attempts > 1:
             problem += f", tried {attempts} times"
         if answer.retry_after:
-            problem += f", retry after {self.clean(answer.headers['retry-after'])} s"
+            problem += f", retry after {answer.retry_after:.0f} s"
         return RequestFailed(problem, self._remedy(answer), answer.status)
 
     def _remedy(self, answer: Answer) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field, JsonValue
 
 from dpo_core.config import Config
+from dpo_core.errors import StageFailed
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate
 
@@ -137,10 +138,16 @@ def estimate(items: Sequence[Item], spec: MeasureSpec, seed: int = 0) -> Estimat
     """Mean of one measure over items: Wilson for a plain share of prompts, else by resampling prompts.
 
     Raises:
-        StageFailed: a value is not finite, or a mean has a single prompt.
+        StageFailed: a share is not from 0 to 1, or a mean has a single prompt.
     """
     values = np.asarray([item.values[spec.name] for item in items], np.float64)
     clusters = [item.cluster for item in items]
     if spec.kind == "share":
+        for item in items:  # none is NaN: an item does not accept it
+            if not 0 <= item.values[spec.name] <= 1:
+                raise StageFailed(
+                    f"{spec.name} of item {item.id} is {item.values[spec.name]}, but must be from 0 to 1",
+                    "Correct the suite",
+                )
         return stats.share(values, clusters, name=spec.name)
     return stats.bootstrap_mean(values, clusters, seed=seed, name=spec.name)

@@ -8,15 +8,16 @@ would be wrong without notice. After a server moved, questions are asked again. 
 write at once; a damaged or edited file counts as missing.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.system import digest_json
 
 
 class Reply(Config):
@@ -32,7 +33,8 @@ class Reply(Config):
 
 def question_key(question: dict[str, Any]) -> str:
     """SHA-256 of a question's JSON, independent of the order of its fields."""
-    return digest_json(question)
+    # Not `digest_json`, whose spacing differs: replies that were paid for would no longer be found.
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
 class ReplyCache:
@@ -46,11 +48,14 @@ class ReplyCache:
         self.folder = folder
 
     def get(self, key: str) -> Reply | None:
-        """The reply to a question; None if it is missing or damaged."""
+        """The reply to a question; None if it is missing, damaged or of another version."""
         if self.folder is None:
             return None
         entry = read_checked(_path(self.folder, key), "the question is asked again")
-        return Reply.model_validate(entry["reply"]) if entry and entry["key"] == key else None
+        try:
+            return Reply.model_validate(entry["reply"]) if entry and entry["key"] == key else None
+        except (ValidationError, KeyError, TypeError):
+            return None
 
     def put(self, key: str, reply: Reply) -> None:
         """Store a reply, in place of an earlier one for the same question.

@@ -128,7 +128,7 @@ class Judge:
         except RequestFailed as error:
             if error.status in _ABOUT_THIS_QUESTION:
                 return Reply(text="", refused=error.problem.removeprefix(f"{self._server.name} "))
-            raise
+            raise RequestFailed(error.problem, self._remedy(error), error.status) from None
         try:
             answer = _Answer.model_validate_json(content)
             message = answer.choices[0].message
@@ -146,6 +146,18 @@ class Judge:
             tokens_in=usage.prompt_tokens,
             tokens_out=usage.completion_tokens,
         )
+
+    def _remedy(self, error: RequestFailed) -> str:
+        if error.status == 404:
+            return (
+                f"Check that it serves a model named '{self.endpoint.model}', and that base_url ends as in "
+                "its documentation, usually in /v1"
+            )
+        if error.status == 429:
+            return "Lower the endpoint's concurrency, raise its retries or its quota, then run again"
+        if " did not answer within " in error.problem:
+            return "Raise the endpoint's timeout or lower its concurrency, then run again"
+        return error.remedy
 
 
 class _Message(BaseModel):

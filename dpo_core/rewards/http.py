@@ -65,7 +65,7 @@ class HttpReward:
         content = self._server.post({"prompts": prompts, "completions": completions})
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):  # of an answer such as 200,000 brackets
             answer = None
         rewards = answer.get("rewards") if isinstance(answer, dict) else answer
         if not isinstance(rewards, list):

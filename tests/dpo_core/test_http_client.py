@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -83,8 +84,27 @@ def test_a_server_may_say_how_long_to_wait(server: Server, waits: list[float]) -
     server.content = lambda asked: {}
     post(server.url)
     assert waits == [0.7]
+    waits.clear()
     server.always = (429, {"Retry-After": "3600"}, b"quota")
-    assert failure(server.url).problem.endswith("'quota', retry after 3600 s"), "nobody waits an hour"
+    assert failure(server.url).problem.endswith("'quota', tried 3 times, retry after 3600 s")
+    assert waits == [120, 120], "nobody waits an hour"
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3600)
+    server.always = (503, {"Retry-After": format_datetime(later)}, b"")
+    assert re.search(r"retry after 3[56]\d\d s$", failure(server.url).problem)
+
+
+def test_a_server_may_say_that_it_is_of_no_use_to_try_again(server: Server, waits: list[float]) -> None:
+    server.always = (429, {"x-should-retry": "false"}, b"insufficient_quota")
+    assert "tried" not in failure(server.url).problem
+    assert waits == []
+
+
+def test_a_retry_is_a_warning(server: Server, caplog) -> None:
+    server.script = [(503, {}, b"")]
+    server.content = lambda asked: {}
+    post(server.url)
+    (record,) = (record for record in caplog.records if "trying again" in record.message)
+    assert record.levelno == logging.WARNING
 
 
 def test_a_server_may_say_it_in_several_ways() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from dpo_core.checked_json import write_checked
 from dpo_core.errors import StageFailed
 from dpo_core.judging.cache import Reply, ReplyCache, question_key
 
@@ -27,6 +28,21 @@ def test_a_reply_is_found_by_its_question_alone(tmp_path: Path) -> None:
     cache.put(key, REPLY)
     assert ReplyCache(tmp_path / "new" / "cache").get(key) == REPLY
     assert cache.get(question_key(others[0])) is None
+
+
+def test_replies_stay_found_by_the_keys_of_earlier_versions() -> None:
+    digest = "5483e6cf5147dc06484b21671d5eda71891b83cfc95a6fbbc8c8d0ae7aaf4561"
+    assert question_key({"model": "m", "messages": []}) == digest
+
+
+@pytest.mark.parametrize(
+    "entry", [{"key": "k" * 64, "reply": {"words": "A"}}, {"key": "k" * 64}, {"x": 1}, [1]]
+)
+def test_a_reply_of_another_version_counts_as_absent(tmp_path: Path, entry: Any) -> None:
+    cache, key = ReplyCache(tmp_path), "k" * 64
+    cache.put(key, REPLY)
+    write_checked(only_file(tmp_path), entry)
+    assert cache.get(key) is None
 
 
 def test_nothing_is_kept_without_a_folder() -> None:

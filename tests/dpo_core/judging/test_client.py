@@ -70,6 +70,21 @@ def test_a_refusal_of_one_question_is_a_reply_of_its_own_kind(server: Server, st
 
 
 @pytest.mark.parametrize(
+    ("answer", "remedies"),
+    [
+        ((404, {}, b""), ["named 'tiny-judge'", "in /v1"]),
+        ((429, {}, b""), ["concurrency", "quota"]),
+        (None, ["timeout", "concurrency"]),
+    ],
+)
+def test_an_error_names_the_setting_to_change(server: Server, answer: Any, remedies: list[str]) -> None:
+    server.always, server.delay = answer, 0 if answer else 0.5
+    with pytest.raises(StageFailed) as caught:
+        ask(server, model="tiny-judge", timeout=0.2 if answer is None else 5, retries=0)
+    assert all(word in caught.value.remedy for word in remedies)
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",

@@ -68,7 +68,7 @@ def test_a_reward_that_is_no_number_is_named_with_its_row(server: Server, bad: A
         load_reward(server.url)(["p"] * 3, ["first", "second", "third"])
 
 
-@pytest.mark.parametrize("body", [b"<html>hello</html>", b'{"scores": [1]}', b"1.0", b""])
+@pytest.mark.parametrize("body", [b"<html>hello</html>", b'{"scores": [1]}', b"1.0", b"", b"[" * 200_000])
 def test_an_answer_without_rewards_is_shown(server: Server, body: bytes) -> None:
     server.always = (200, {}, body)
     with pytest.raises(StageFailed, match="answered without rewards") as caught:
