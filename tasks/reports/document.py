@@ -1,5 +1,6 @@
 """The document model of reports: sections made of blocks, which `html`, `markdown` and `terminal` render."""
 
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -35,6 +36,11 @@ def spans(words: Words) -> Sequence[Span]:
 def text_of(words: Words) -> str:
     """A text without markup."""
     return "".join(span.text for span in spans(words))
+
+
+def printable(text: str) -> str:
+    """A text without control characters, which would move a terminal's cursor or change its colours."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 class Cell(NamedTuple):

@@ -13,6 +13,7 @@ from tasks.reports.document import (
     Subheading,
     Table,
     Terms,
+    printable,
     text_of,
 )
 
@@ -28,7 +29,7 @@ def markdown(document: Document, *, brief: bool = False) -> str:
 
 def escaped(text: object) -> str:
     """A text on one line, without markup, HTML or cell border."""
-    flat = " ".join(str(text).split())
+    flat = printable(" ".join(str(text).split()))
     return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", flat.replace("&", "&amp;"))
 
 
@@ -50,7 +51,7 @@ def _blocks(blocks: Sequence[Block]) -> list[str]:
                 parts += [escaped(block.caption), _table(block)]
             case Code():
                 fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
-                parts.append(f"{fence}sh\n{block.text}\n{fence}")
+                parts.append(f"{fence}sh\n{printable(block.text)}\n{fence}")
     return parts
 
 

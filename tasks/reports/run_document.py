@@ -351,10 +351,10 @@ def _registered(report: RunReport) -> list[Block]:
     if model.sha256 in (producers := _producers(report)):
         parts += [Span(" from "), _made_by(model.sha256, producers)]
     blocks: list[Block] = [Paragraph([*parts, Span(", at "), *place(model.uri)], small=False)]
-    if model.uri.startswith("file://"):
+    if folder := path_of(model.uri):
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            f'folder = "{path_of(model.uri)}"',
+            f'folder = "{folder}"',
             "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), "
             "AutoTokenizer.from_pretrained(folder)",
         ]

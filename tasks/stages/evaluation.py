@@ -257,7 +257,7 @@ def readable(prompt: str) -> str:
 def turns_of(prompt: str) -> list[Turn]:
     """The messages of a conversation; empty for plain text."""
     try:
-        return [Turn(role=turn["role"], content=str(turn["content"])) for turn in json.loads(prompt)]
+        return [Turn(role=turn["role"], content=str(turn["content"] or "")) for turn in json.loads(prompt)]
     except (ValueError, TypeError, KeyError):
         return []
 

@@ -31,7 +31,6 @@ from tasks.store.files import REPLIES
 from tasks.store.manifest import Manifest
 
 JUDGE = Stage("judge", 1, "win-rates", Facts, lambda run, label: NOT_ESTIMATED)
-"""Folder of the workspace with the judges' cached replies."""
 
 
 def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Prompt]:

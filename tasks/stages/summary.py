@@ -10,6 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from dpo_core.evaluation.policy_row import PolicyRow
@@ -281,8 +284,14 @@ def _evaluation(
 ) -> Evaluation:
     answers = facts_of(data.rows, GateFacts)
     table = {name: getattr(measured, name) for name in PolicyTable.model_fields}
-    rows = pd.read_parquet(data.prompts.path / "data.parquet")
-    table["samples"] = with_data(measured.samples, prompts, rows)
+    shown = prompts[: len(measured.samples)]
+    path = data.prompts.path / "data.parquet"
+    # Not the whole table, of which a few rows are shown.
+    schema = pq.read_schema(path)
+    columns = {"prompt", "chosen", "completion", "label"} & set(schema.names)
+    wanted = pc.field("prompt").isin(pa.array(shown, schema.field("prompt").type))
+    rows = pd.read_parquet(path, columns=sorted(columns), filters=wanted)
+    table["samples"] = with_data(measured.samples, shown, rows)
     return Evaluation(
         **table,
         learned_from=learned_from_reward(recipe, data),

@@ -138,8 +138,10 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    logging.captureWarnings(True)  # into the log of the job
     try:
         with redirect_stderr(StringIO()):
             yield
     finally:
+        logging.captureWarnings(False)
         logger.setLevel(level)

@@ -69,7 +69,8 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
 def test_samples_get_their_conversation_and_the_datas_answer(
     columns: dict[str, list[Any]], answers: list[str]
 ) -> None:
-    chat = json.dumps([{"role": "user", "content": "Name a colour."}])
+    call = {"role": "assistant", "content": None}
+    chat = json.dumps([{"role": "user", "content": "Name a colour."}, call])
     rows = pd.DataFrame({"prompt": ["Name a prime.", chat]} | columns)
     plain, asked = with_data(
         [
@@ -79,5 +80,8 @@ def test_samples_get_their_conversation_and_the_datas_answer(
         ["Name a prime.", chat],
         rows,
     )
-    assert (plain.turns, asked.turns) == ([], [Turn(role="user", content="Name a colour.")])
+    assert (plain.turns, asked.turns) == (
+        [],
+        [Turn(role="user", content="Name a colour."), Turn(role="assistant", content="")],
+    )
     assert [plain.chosen, asked.chosen] == answers

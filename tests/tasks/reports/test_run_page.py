@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from dpo_core.evaluation.decision import refuse_same_weights
+from dpo_core.evaluation.decision import Decision, Reason, refuse_same_weights
 from dpo_core.methods.registry import get
 from tasks.reports.drawing import COLOURS, svg
 from tasks.reports.figures import MAX_POINTS, curve_figures
@@ -226,6 +226,23 @@ def test_a_decision_without_rules_is_shown_by_every_renderer() -> None:
     report = decided(promote=False, decision=refuse_same_weights("DPO", "version 3"), curves={})
     for show in (render, text, note, shown):
         assert "Nothing new: these are the champion" in show(report)
+
+
+def test_no_control_character_reaches_a_terminal() -> None:
+    rule = Reason(rule="min_gain", passed=False, text="odd\x1b]0;t\x07 \x9brule")
+    decision = Decision(promote=False, candidate="a\x1b[31m", champion="b", reasons=[rule])
+    odd = decided(promote=False, decision=decision, curves={})
+    for show in (text, note, shown):
+        assert "odd]0;t rule" in show(odd).replace("\\", "")
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", show(odd))
+
+
+def test_a_model_on_another_machine_is_not_loaded_from_here() -> None:
+    report = example(curves={})
+    assert report.model
+    for uri, loads in (("file:///models/a", True), ("file://host/models/a", False)):
+        page = render(example(curves={}, model=report.model.model_copy(update={"uri": uri})))
+        assert ("AutoModelForCausalLM.from_pretrained" in page) is loads
 
 
 def test_an_early_decision_stands_alone_where_nothing_was_measured() -> None:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +360,11 @@ def test_a_file_of_another_shape_is_refused(tmp_path: Path) -> None:
         find("gsm8k").read(json_lines(tmp_path / "gsm8k_test.jsonl", rows))
     with pytest.raises(DataError, match=r"row 1 of .* has no text in the field 'Question'"):
         find("truthfulqa_mc").read(json_lines(tmp_path / "TruthfulQA.jsonl", rows))
+
+
+def test_warnings_reach_the_log_although_the_library_is_quiet(caplog, capsys) -> None:
+    with harness._quiet():
+        print("noise", file=sys.stderr)
+        warnings.warn("a cut prompt", stacklevel=1)
+    assert "a cut prompt" in caplog.text
+    assert capsys.readouterr().err == ""
