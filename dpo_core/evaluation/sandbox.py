@@ -12,15 +12,12 @@ Memory and processor time are limited per process, so that a program may use `pr
 wall time is limited for all of them together.
 """
 
-import ctypes
-import errno
 import marshal
 import os
 import resource
 import secrets
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -38,9 +35,9 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
+from dpo_core.evaluation.call_filter import INSTALL, call_filter
 
 Outcome = Literal["passed", "failed", "timeout", "output", "files", "killed"]
-INSTALL = "Install it: apt-get install bubblewrap libseccomp2. Or remove the suites that run code"
 REMEDY = (
     "Code of a model runs in Linux namespaces only (kernel 5.14 or newer). Allow them for this user: sysctl "
     "user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0; in a container, a "
@@ -53,16 +50,6 @@ _SETUP_SECONDS = 60  # time to set up the sandbox on a busy machine
 _READY = b"ready\n"
 # First in the sandbox to be killed if memory runs out; the shell has nothing else to do.
 _START = 'echo 1000 > /proc/self/oom_score_adj; exec "$@"'
-
-_CLONE_NEWUSER = 0x1000_0000
-# System calls refused to the program. Each either evades a limit (memory that belongs to no process) or
-# exposes kernel code that plain Python never uses. `socket` is included although the network namespace is
-# empty: AF_VSOCK reaches a virtual machine's host in spite of it.
-_REFUSED = (
-    "socket", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "memfd_create", "shmget",
-    "semget", "msgget", "mq_open", "unshare", "setns", "mount", "add_key", "request_key", "keyctl", "bpf",
-    "perf_event_open", "userfaultfd", "io_uring_setup",
-)  # fmt: skip
 
 # Process 1 of the sandbox, whose end ends all others, starts the program and waits for it; nothing inside can
 # kill it. Everything needed at the end is bound before, so that replacing os.write or sys.excepthook has no
@@ -215,7 +202,7 @@ def _run(code: str, limits: Limits) -> ProgramResult:
     result, program_end = os.pipe()
     with open(result, "rb", buffering=0) as written, open(program_end, "wb", buffering=0) as end:
         with tempfile.TemporaryFile() as filters, tempfile.TemporaryFile() as job:
-            filters.write(_filter())
+            filters.write(call_filter())
             filters.seek(0)
             job.write(_job(code, token, limits))
             job.seek(0)
@@ -389,47 +376,3 @@ def _unused_id() -> int:
     with open("/proc/self/uid_map") as table:
         first, _, count = max((list(map(int, line.split())) for line in table), key=lambda ids: ids[2])
     return first + count // 2 + secrets.randbelow(max(1, count // 2 - 1))
-
-
-@cache
-def _filter() -> bytes:
-    """The program of the kernel's filter that fails the refused calls with EPERM, as libseccomp compiles it.
-
-    Raises:
-        StageFailed: libseccomp is not installed, or lacks one of the calls.
-    """
-    try:
-        library = ctypes.CDLL("libseccomp.so.2")
-    except OSError as error:
-        raise StageFailed("the sandbox for model-written code needs libseccomp", INSTALL) from error
-    library.seccomp_init.restype = ctypes.c_void_p
-    allow, fail = 0x7FFF_0000, 0x0005_0000
-
-    def done(what: str, succeeded: bool) -> None:
-        if not succeeded:
-            reason = f"libseccomp cannot make the sandbox's filter: {what}"
-            raise StageFailed(reason, "Install libseccomp 2.5.0 or newer. Or remove the suites that run code")
-
-    address = library.seccomp_init(ctypes.c_uint32(allow))
-    done("seccomp_init failed", bool(address))
-    context = ctypes.c_void_p(address)
-
-    def refuse(call: str, error: int, *conditions: bytes) -> None:
-        number = library.seccomp_syscall_resolve_name(call.encode())
-        done(f"it does not know {call}", number != -1)
-        added = library.seccomp_rule_add_array(
-            context, ctypes.c_uint32(fail | error), number, len(conditions), b"".join(conditions) or None
-        )
-        done(f"the rule of {call} was not added", added == 0)
-
-    for name in _REFUSED:
-        refuse(name, errno.EPERM)
-    # No user namespace, in which it would have privileges: argument 0 of clone, masked (7); the C library
-    # falls back to it from clone3, whose arguments a filter cannot read.
-    refuse("clone", errno.EPERM, struct.pack("=IIQQ", 0, 7, _CLONE_NEWUSER, _CLONE_NEWUSER))
-    refuse("clone3", errno.ENOSYS)
-    with tempfile.TemporaryFile() as file:
-        done("it was not written", library.seccomp_export_bpf(context, file.fileno()) == 0)
-        library.seccomp_release(context)
-        file.seek(0)
-        return file.read()

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.sandbox import Limits, ProgramResult, _filter, run_many, run_python
+from dpo_core.evaluation.call_filter import call_filter
+from dpo_core.evaluation.sandbox import Limits, ProgramResult, run_many, run_python
 from tests.support.sandboxes import CHECKOUT, OrdinaryUser, is_program, namespaces, watched, why_no_sandbox
 
 Sandbox = Callable[[str, Limits], ProgramResult]
@@ -492,9 +493,9 @@ def test_a_machine_that_gives_no_sandbox_is_refused(command: list[str], reason: 
 
 
 def test_a_filter_that_lacks_a_rule_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dpo_core.evaluation.sandbox._REFUSED", ("socket", "no_such_call"))
+    monkeypatch.setattr("dpo_core.evaluation.call_filter._REFUSED", ("socket", "no_such_call"))
     with pytest.raises(StageFailed, match="it does not know no_such_call"):
-        _filter.__wrapped__()
+        call_filter.__wrapped__()
 
 
 def test_a_narrow_umask_does_not_shut_the_program_out() -> None:
