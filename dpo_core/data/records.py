@@ -73,6 +73,7 @@ def record_id(record: Record) -> str:
         content += f"\ntools {record.tools}"
     if not isinstance(record, PromptFields) and record.answer_chat:
         content += "\nchat answers"
+    content.encode()
     return digest_text(content)
 
 

@@ -1,5 +1,6 @@
 """Models by name: registered versions and policies of runs, on a real registry and a real run."""
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -32,6 +33,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ran")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder, filter="data")
+    # The archive is of an earlier version, whose reports are not read.
+    path = folder / "runs" / "runs" / RUN / "report.json"
+    report = json.loads(path.read_bytes())
+    del report["objective"]
+    path.write_text(json.dumps(report | {"candidate": "DPO"}))
     return folder / "runs"
 
 
@@ -173,7 +179,7 @@ def test_a_recipe_with_an_unknown_model_is_refused_before_a_run_and_leaves_no_da
 
 
 def test_an_mlflow_that_is_away_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.tracking.tracker._START_PATIENCE", 0.1)
+    monkeypatch.setattr("tasks.tracking.tracker.START_PATIENCE", 0.1)
     tracker = Tracker(TrackingConfig(uri="http://127.0.0.1:9"), tmp_path)
     with pytest.raises(StageFailed, match=r"MLflow at http://127\.0\.0\.1:9 does not answer"):
         resolve("models:/dpo-tiny@champion", tmp_path, tracker)
