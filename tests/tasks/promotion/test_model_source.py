@@ -37,7 +37,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "runs" / "runs" / RUN / "report.json"
     report = json.loads(path.read_bytes())
     del report["objective"]
-    path.write_text(json.dumps(report | {"candidate": "DPO"}))
+    report |= {"candidate": "DPO", "reference_stage": "prepare-sft", "policies": {}}
+    for method in ("dpo", "ppo"):
+        made_by = {"stage": f"train-{method}", "start": "SFT", "reference": "SFT"}
+        report["policies"][method.upper()] = {"method": method, "words": method, **made_by}
+    path.write_text(json.dumps(report))
     return folder / "runs"
 
 
