@@ -114,6 +114,7 @@ def test_a_cancelled_job_and_one_that_a_killed_flow_left_are_ended(
     assert second.poll(handle) is not State.RUNNING
 
 
+@pytest.mark.slow  # that children end with their parent: tests/flows/process/test_children.py
 def test_jobs_end_with_their_server(model: Path, tmp_path: Path) -> None:
     server = JobServer()
     launcher = LocalLauncher(server=server)

@@ -108,7 +108,7 @@ GRPO: dict[str, Any] = {**ROUNDS, "group_size": 8, "kl_coef": BETA}
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(PpoConfig(**PPO), id="ppo"),
+        nightly("ppo", PpoConfig(**PPO)),
         nightly("ppo-plain", PpoConfig(**PPO, lam=1.0, whiten_advantages=False)),
         nightly("ppo-after-last", PpoConfig(**PPO, score_at="after_last")),
         pytest.param(GrpoConfig(**GRPO, variant="rloo"), id="rloo"),

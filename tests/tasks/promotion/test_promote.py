@@ -228,6 +228,7 @@ def test_a_moved_workspace_takes_its_own_registry_along(world: World, tmp_path: 
     assert World(copy).aliases() == {"challenger": "1", "champion": "1"}
 
 
+@pytest.mark.slow  # the same for eight machines, below
 def test_of_eight_processes_at_once_one_wins(world: World) -> None:
     runs = [f"run-{number}" for number in range(8)]
     for run in runs:
@@ -263,6 +264,7 @@ def test_of_eight_machines_that_decided_at_once_one_wins(database: Path, tmp_pat
             assert ("dpo.promotion" in world.tags(str(number))) is (str(number) == winner)
 
 
+@pytest.mark.slow
 def test_many_may_finish_a_killed_promotion_at_once(database: Path, tmp_path: Path) -> None:
     shared = shutil.copy(database, tmp_path / "shared.db")
     worlds = [World(tmp_path / f"machine-{number}", f"sqlite:///{shared}") for number in range(6)]
