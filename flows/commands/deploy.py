@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 from prefect import Flow
 from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.utilities.importtools import import_object
 
 from dpo_core.data.files.read import check_source
 from dpo_core.errors import DataError, RecipeError
-from dpo_core.system import read_small
-from dpo_core.yaml import read_yaml
 from flows.commands.cluster import read_cluster
 from flows.commands.format import readable_time
 from flows.process.prefect_server import server, server_address
-from tasks.recipe.read import load_recipe, with_overrides
+from tasks.recipe.read import load_recipe, read_mapping, with_overrides
 from tasks.recipe.recipe import Recipe
 from tasks.scheduling.alerts import plan_alerts
 from tasks.scheduling.automations import Step, read_automations
@@ -79,15 +76,8 @@ def read_deployment_file(path: Path) -> PrefectFile:
     Raises:
         RecipeError: the file is not valid. The message lists all unknown and wrong fields.
     """
-    try:
-        raw = read_yaml(read_small(path))
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror})", "Set its path with --file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise RecipeError(f"{path} is not valid YAML: {where}", "Correct that line") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path} is not a mapping", "Start from the deploy/prefect.yaml of the package")
+    example = "Start from the deploy/prefect.yaml of the package"
+    raw = read_mapping(path, str(path), "Set its path with --file", example)
     raw.pop("definitions", None)  # YAML anchors for the rest of the file
     return with_overrides(
         PrefectFile,

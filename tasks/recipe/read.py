@@ -28,6 +28,29 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def read_mapping(path: Path, name: str, unreadable: str, example: str) -> dict[str, Any]:
+    """The fields of a YAML file.
+
+    Args:
+        name: of the file, in errors.
+        unreadable: the remedy where it cannot be read.
+        example: the remedy where it holds no fields.
+
+    Raises:
+        RecipeError: it cannot be read, is not valid YAML, or is not a mapping.
+    """
+    try:
+        raw = read_yaml(read_small(path))
+    except OSError as error:
+        raise RecipeError(f"{name} cannot be read ({error.strerror})", unreadable) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise RecipeError(f"{name} is not valid YAML: {where}", "Correct that line") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{name} is not a mapping of fields", example)
+    return raw
+
+
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe or a YAML file and apply overrides of the form `a.b=value`.
 
@@ -35,15 +58,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: unknown recipe, unreadable or malformed YAML, unknown field, value out of range.
     """
     path = _find(name)
-    try:
-        raw = read_yaml(read_small(path))
-    except OSError as error:
-        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror})", "Check its path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise RecipeError(f"the recipe {path} is not valid YAML: {where}", "Correct that line") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"the recipe {path} is not a mapping of fields", "Start from a shipped recipe")
+    raw = read_mapping(path, f"the recipe {path}", "Check its path", "Start from a shipped recipe")
     return with_overrides(Recipe, raw, overrides, f"the recipe {name} cannot be used", _KNOWN_FIELDS)
 
 

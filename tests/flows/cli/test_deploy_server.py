@@ -20,7 +20,7 @@ from tests.support.sites.prefect_site import REPO, Site, until
 pytestmark = pytest.mark.slow
 
 SECRET = "canary-7f3e"
-SOON = timedelta(seconds=120)  # deploying and pausing take a third of it
+SOON = timedelta(seconds=120)  # deploying and pausing take a third of it or less
 
 
 @pytest.fixture(scope="module")
