@@ -76,12 +76,11 @@ def _numeracy(rng: random.Random, content: Content) -> Record:
     count = rng.choice(content.counts)
     limit = (_wanted(first, count=count + 1),)
     if count < 4 and rng.random() < 0.5:
-        include = (_wanted(first, count=count), _wanted(second))
+        both = (_wanted(first, count=count), _wanted(second))
         prompt = f"{NUMBERS[count - 1]} {plural(first)} and one {second}"
-        return Record(tag="numeracy", include=include, exclude=limit, prompt=prompt)
-    include = (_wanted(first, count=count),)
+        return Record(tag="numeracy", include=both, exclude=limit, prompt=prompt)
     prompt = f"{NUMBERS[count - 1]} {plural(first)}"
-    return Record(tag="numeracy", include=include, exclude=limit, prompt=prompt)
+    return Record(tag="numeracy", include=(_wanted(first, count=count),), exclude=limit, prompt=prompt)
 
 
 def _complex(rng: random.Random, content: Content) -> Record:

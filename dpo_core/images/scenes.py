@@ -111,7 +111,8 @@ def _best_places(fit_W: NDArray[np.float32], kind_W: NDArray[np.int64], threshol
             break
         x, y = PLACES[place]
         if all(abs(x - t.box.left) >= SIZE or abs(y - t.box.top) >= SIZE for t in things):
-            things.append(Thing(*kinds()[kind_W[place]], box_at(x, y), float(fit_W[place])))
+            shape, color, texture = kinds()[kind_W[place]]
+            things.append(Thing(shape, color, texture, box_at(x, y), float(fit_W[place])))
     return things
 
 
