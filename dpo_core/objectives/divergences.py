@@ -74,6 +74,11 @@ def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     return -log_sigmoid(beta * (score(logps.chosen_ratio_B) - score(logps.rejected_ratio_B)))
 
 
+def _kl_plus_chi(ratio_B: "Tensor", c: float) -> "Tensor":
+    """h + c·(e^h - 1): the slope f'(e^h) of KL + (c/2)·χ². h is cut inside the exponential only."""
+    return ratio_B + c * ratio_B.clamp(max=_LARGEST_CHI_RATIO).expm1()
+
+
 @objective(
     citation="Huang, Zhan, Xie, Lee, Sun, Krishnamurthy, Foster, Correcting the Mythos of KL-Regularization: "
     "Direct Alignment without Overoptimization via Chi-Squared Preference Optimization, ICLR 2025, "
@@ -91,8 +96,24 @@ def chi_po(logps: PairLogps, *, beta: float, r_max: float) -> "Tensor":
     pair whose margin is clipped, on either side, has no gradient. h is cut at 20 inside the exponential
     only. Not XPO, which is online DPO with an exploration bonus.
     """
-    chosen_B, rejected_B = (
-        ratio_B.clamp(max=_LARGEST_CHI_RATIO).exp() + ratio_B
-        for ratio_B in (logps.chosen_ratio_B, logps.rejected_ratio_B)
-    )
+    chosen_B, rejected_B = _kl_plus_chi(logps.chosen_ratio_B, 1.0), _kl_plus_chi(logps.rejected_ratio_B, 1.0)
     return -log_sigmoid((beta * (chosen_B - rejected_B)).clamp(-2 * r_max, 2 * r_max))
+
+
+@objective(
+    citation="This project's reading of a high-order KL regulariser for diffusion (xDPO, Electronics "
+    "14(15):2939, 2025, whose loss is not public); the link is that of Huang et al., arXiv 2407.13399",
+    parameters={
+        "beta": BETA,
+        "c": Parameter(0.5, 0.0, 100.0, "weight of the term of second order; 0 is DPO, 1 χPO without its clip"),
+    },
+    caveat="This project's reading of xDPO, not its loss, which the authors have not published.",
+)
+def kl_plus(logps: PairLogps, *, beta: float, c: float) -> "Tensor":
+    """-log σ(beta·(φ_w - φ_l)) of each pair (B,), φ = h + c·(e^h - 1): DPO under KL + (c/2)·χ².
+
+    At the optimum beta·φ is the reward up to a constant, so an answer that gained much costs more than under
+    the KL alone. The gradient at the reference is 1 + c times DPO's. h is cut at 20 inside the exponential.
+    """
+    chosen_B, rejected_B = _kl_plus_chi(logps.chosen_ratio_B, c), _kl_plus_chi(logps.rejected_ratio_B, c)
+    return -log_sigmoid(beta * (chosen_B - rejected_B))

@@ -73,6 +73,7 @@ FORMULAS: dict[str, Callable[[Any, Any], float]] = {
     "chi_po": lambda v, p: softplus(
         -min(max(p.beta * (math.exp(v.hw) + v.D - math.exp(v.hl)), -2 * p.r_max), 2 * p.r_max)
     ),
+    "kl_plus": lambda v, p: softplus(-p.beta * (v.D + p.c * (math.exp(v.hw) - math.exp(v.hl)))),
     "nca": lambda v, p: softplus(-p.beta * v.hw) + (softplus(p.beta * v.hw) + softplus(p.beta * v.hl)) / 2,
     "bco_pair": lambda v, p: softplus(-p.beta * v.hw) + softplus(p.beta * v.hl),
     "sppo_hard": lambda v, p: (v.hw - 0.5 / p.beta) ** 2 + (v.hl + 0.5 / p.beta) ** 2,
@@ -126,7 +127,7 @@ AT_REFERENCE = {
         ["dpo", "cdpo", "robust", "dpo_norm", "fdpo_forward_kl", "fdpo_js", "fdpo_alpha", "chi_po", "dpop"],
         LN_2,
     ),
-    **dict.fromkeys(["ld_dpo", "tdpo1", "tdpo2", "aot", "aot_unpaired", "bco"], LN_2),
+    **dict.fromkeys(["kl_plus", "ld_dpo", "tdpo1", "tdpo2", "aot", "aot_unpaired", "bco"], LN_2),
     **dict.fromkeys(["hinge", "apo_zero", "apo_down"], 1.0),
     **dict.fromkeys(["nca", "bco_pair"], 2 * LN_2),
     **dict.fromkeys(["ipo_sum", "ipo_mean"], 25.0),

@@ -66,6 +66,7 @@ def fit_scores(name: str, rewards: Tensor, reference: Tensor, **parameters: floa
         ("fdpo_js", {}, lambda h: (2 * h.exp() / (1 + h.exp())).log()),
         ("fdpo_alpha", {"alpha": 0.5}, lambda h: -2 * (-h / 2).exp()),
         ("chi_po", {"r_max": 100.0}, lambda h: h.exp() + h),
+        ("kl_plus", {"c": 0.5}, lambda h: h + 0.5 * h.exp()),
     ],
 )
 def test_infinite_data_recovers_the_reward_up_to_a_constant(
@@ -77,6 +78,37 @@ def test_infinite_data_recovers_the_reward_up_to_a_constant(
     h = fit_scores(name, rewards, reference, beta=0.7, **parameters)
     constant = 0.7 * score(h) - rewards
     torch.testing.assert_close(constant, constant[:1].expand(4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.5, 1.0, 4.0])
+def test_kl_plus_ends_at_the_best_policy_under_its_regulariser(c: float) -> None:
+    """The policy that maximises E r - beta·(KL + c/2·χ²), found without any pair."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(25, generator=generator, dtype=torch.float64)
+    reference = torch.randn(25, generator=generator, dtype=torch.float64).softmax(0)
+    logits = reference.log().clone().requires_grad_()
+    solver = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16,
+                               line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        policy = logits.softmax(0)
+        chi_squared = ((policy - reference) ** 2 / reference).sum()
+        kl = (policy * (policy / reference).log()).sum()
+        loss = BETA * (kl + c / 2 * chi_squared) - (policy * rewards).sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    h = fit_scores("kl_plus", rewards, reference, beta=BETA, c=c)
+    torch.testing.assert_close(reference * h.exp(), logits.softmax(0).detach(), rtol=0, atol=3e-5)
+
+
+def test_kl_plus_is_dpo_at_zero_and_chi_po_at_one() -> None:
+    logps = pairs_at(32)
+    for name, parameters, c in (("dpo", {}, 0.0), ("chi_po", {"r_max": 1000.0}, 1.0)):
+        wanted = get(name).function(logps, beta=BETA, **parameters)
+        torch.testing.assert_close(get("kl_plus").function(logps, beta=BETA, c=c), wanted)
 
 
 @pytest.mark.parametrize(
