@@ -105,7 +105,7 @@ def chi_po(logps: PairLogps, *, beta: float, r_max: float) -> "Tensor":
     "14(15):2939, 2025, whose loss is not public); the link is that of Huang et al., arXiv 2407.13399",
     parameters={
         "beta": BETA,
-        "c": Parameter(0.5, 0.0, 100.0, "weight of the term of second order; 0 is DPO, 1 χPO without its clip"),
+        "c": Parameter(0.5, 0.0, 100.0, "weight of the term of second order; 0 is DPO, 1 χPO without clip"),
     },
     caveat="This project's reading of xDPO, not its loss, which the authors have not published.",
 )
