@@ -12,7 +12,7 @@ from typing import Any
 import great_expectations as gx
 import numpy as np
 import pandas as pd
-from great_expectations.checkpoint import UpdateDataDocsAction
+from great_expectations.data_context.types.base import DataContextConfig, InMemoryStoreBackendDefaults
 
 from expectations.config import GateConfig
 from expectations.drift import Profile, distance, profile, read_profile
@@ -29,36 +29,38 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class _Expectations:
-    """One file-based Great Expectations project under `folder`."""
+    """A Great Expectations project in memory, whose Data Docs are written to `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.context: Any = gx.get_context(mode="file", project_root_dir=folder)
-        self.context.variables.analytics_enabled = False
-        self.context.variables.progress_bars = {"globally": False, "metric_calculations": False}
-        self.context.variables.save()
-        self.index = folder / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
+        site = {
+            "class_name": "SiteBuilder",
+            "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder)},
+            "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
+        }
+        config = DataContextConfig(
+            store_backend_defaults=InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+            data_docs_sites={"data_docs": site},
+            analytics_enabled=False,
+            progress_bars={"globally": False, "metric_calculations": False},
+        )
+        self.context: Any = gx.get_context(mode="ephemeral", project_config=config)
+        self.index = folder / "index.html"
 
     def run(self, suite: Any, frame: pd.DataFrame) -> list[dict[str, Any]]:
-        """Validate `frame` against `suite`, build the Data Docs, and return the results as plain dicts."""
+        """Validate `frame` against `suite`, and return the results as plain dicts."""
         name = suite.name
         context = self.context
-        asset = context.data_sources.add_or_update_pandas(name).add_dataframe_asset(name)
+        asset = context.data_sources.add_pandas(name).add_dataframe_asset(name)
         batch = asset.add_batch_definition_whole_dataframe("all")
-        suite = context.suites.add_or_update(suite)
-        definition = context.validation_definitions.add_or_update(
-            gx.ValidationDefinition(name=name, data=batch, suite=suite)
+        definition = gx.ValidationDefinition(name=name, data=batch, suite=context.suites.add(suite))
+        outcome = context.validation_definitions.add(definition).run(
+            batch_parameters={"dataframe": frame}, result_format={"result_format": "SUMMARY"}
         )
-        checkpoint = context.checkpoints.add_or_update(
-            gx.Checkpoint(
-                name=name,
-                validation_definitions=[definition],
-                actions=[UpdateDataDocsAction(name="data_docs")],
-                result_format={"result_format": "SUMMARY"},
-            )
-        )
-        outcome = checkpoint.run(batch_parameters={"dataframe": frame})
-        return [result.to_json_dict() for run in outcome.run_results.values() for result in run.results]
+        return [result.to_json_dict() for result in outcome.results]
+
+    def write_docs(self) -> None:
+        """Write what was validated as HTML."""
+        self.context.build_data_docs()
 
 
 def _exception(result: dict[str, Any]) -> str:
@@ -229,7 +231,7 @@ def judge(
 
     Args:
         frame: one row per example; columns as in `expectations.suite.SCHEMA`, more are allowed.
-        docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
+        docs_dir: folder for the Data Docs; nothing is written elsewhere.
         tokenisation: the tokenizer, its template and the token budget, if known.
         baseline: the `profile` of an earlier report, for the drift rules.
         tick: called with the number of rows whose features are done, for a progress bar.
@@ -243,26 +245,29 @@ def judge(
     earlier = None if baseline is None else read_profile(baseline)
     tokenisation = tokenisation or Tokenisation()
     with _ONE_AT_A_TIME:
-        docs = _Expectations(Path(docs_dir))
-        kinds = schema_frame(frame, subject)
-        schema = _schema_finding(docs.run(schema_suite(subject, list(kinds.columns)), kinds), subject)
-        if not schema.passed:
-            return _report(subject, len(frame), docs, [schema], Profile()), frame
+        judged = _Judge(subject, config, _Expectations(Path(docs_dir)), earlier)
+        outcome = _judge(frame, judged, tokenisation, tick)
+        judged.docs.write_docs()
+    return outcome
 
-        judged = _Judge(subject, config, docs, earlier)
-        features = compute(
-            frame,
-            subject,
-            tokenisation=tokenisation,
-            echo_min_chars=config.echo_min_chars,
-            tick=tick,
-        )
-        usable = features.keys["usable"].to_numpy()
-        flags = _with_token_columns(frame, features, tokenisation, judged)
-        if config.quarantine == "refuse":
-            findings, seen = judged.run(frame, flags, usable, subject)
-            return _report(subject, len(frame), docs, [schema, *findings], seen), frame
-        return _quarantine(frame, flags, features, judged, schema)
+
+def _judge(
+    frame: pd.DataFrame, judged: _Judge, tokenisation: Tokenisation, tick: Callable[[int], None] | None
+) -> tuple[GateReport, pd.DataFrame]:
+    subject, config, docs = judged.subject, judged.config, judged.docs
+    kinds = schema_frame(frame, subject)
+    schema = _schema_finding(docs.run(schema_suite(subject, list(kinds.columns)), kinds), subject)
+    if not schema.passed:
+        return _report(subject, len(frame), docs, [schema], Profile()), frame
+    features = compute(
+        frame, subject, tokenisation=tokenisation, echo_min_chars=config.echo_min_chars, tick=tick
+    )
+    usable = features.keys["usable"].to_numpy()
+    flags = _with_token_columns(frame, features, tokenisation, judged)
+    if config.quarantine == "refuse":
+        findings, seen = judged.run(frame, flags, usable, subject)
+        return _report(subject, len(frame), docs, [schema, *findings], seen), frame
+    return _quarantine(frame, flags, features, judged, schema)
 
 
 def _with_token_columns(

@@ -17,7 +17,7 @@ from expectations.config import GateConfig
 from expectations.gate import judge
 from expectations.report import GateReport
 from expectations.thresholds import CountRule, RateRule
-from tests.support.frames import clean_pairs, clean_prompts, failed, row_number
+from tests.support.frames import clean_pairs, failed, row_number
 
 Gate = Callable[..., tuple[GateReport, pd.DataFrame]]
 DROP = GateConfig(quarantine="drop")
@@ -89,7 +89,6 @@ def test_drop_refuses_when_it_drops_too_much(gate: Gate) -> None:
     assert failed(report)["dropped"].count == 4
     with pytest.raises(GateRefused, match="max_dropped_rate"):
         report.raise_if_refused()
-    assert not gate(broken(), config=DROP.model_copy(update={"max_dropped_rate": 0.1}))[0].refused
 
 
 def test_drop_refuses_when_it_leaves_too_few(gate: Gate) -> None:
@@ -98,7 +97,6 @@ def test_drop_refuses_when_it_leaves_too_few(gate: Gate) -> None:
     assert set(failed(report)) == {"too_few"}
     assert failed(report)["too_few"].observed == 19
     assert report.refused
-    assert not gate(broken(23), config=DROP)[0].refused  # by default a warning
 
 
 def test_drop_with_nothing_to_drop_returns_the_frame(gate: Gate) -> None:
@@ -120,42 +118,38 @@ def test_dropping_duplicates_keeps_the_first_that_is_sound(gate: Gate) -> None:
     assert report.dropped_by == {"pairs/split": 1, "pairs/duplicate": 1}
 
 
-@pytest.mark.parametrize(("severity", "critical"), [("critical", True), ("warning", False)])
-def test_severity_decides_between_refusal_and_a_note(gate: Gate, severity: str, critical: bool) -> None:
+def test_severity_decides_between_refusal_and_a_note(gate: Gate) -> None:
     frame = clean_pairs()
     frame.loc[7, "chosen"] = ""
-    report, kept = gate(frame, config=settings(quarantine="refuse", empty_chosen={"severity": severity}))
-    assert failed(report)["empty_chosen"].severity == severity
-    assert report.refused is critical
-    if not critical:
-        report.raise_if_refused()
-        assert len(kept) == 40
+    config = settings(
+        quarantine="refuse", empty_chosen={"severity": "warning"}, too_few={"severity": "off"},
+        type={"severity": False},
+    )  # fmt: skip
+    report, kept = gate(frame, config=config)
+    assert failed(report)["empty_chosen"].severity == "warning"
+    report.raise_if_refused()
+    assert len(kept) == 40
+    assert not {"pairs/type", "pairs/too_few"} & {f.rule for f in report.findings}
 
 
-def test_a_rule_that_is_off_says_nothing(gate: Gate) -> None:
-    frame = clean_pairs()
-    frame.loc[7, "chosen"] = ""
-    report, _ = gate(frame, config=settings(empty_chosen={"severity": False}, too_few={"severity": "off"}))
-    assert not {"pairs/empty_chosen", "pairs/too_few"} & {f.rule for f in report.findings}
-    assert not report.refused
-
-
-@pytest.mark.parametrize(("bad", "passes"), [(57, True), (58, False)])
-def test_exactly_the_tolerated_share_passes(gate: Gate, bad: int, passes: bool) -> None:
+def test_exactly_the_tolerated_share_passes(gate: Gate) -> None:
     frame = clean_pairs(100)
-    frame.loc[: bad - 1, "rejected"] = ""
     # 1 - 0.57 is above 0.43 in binary floats: a naive threshold would refuse 57 of 100.
-    report, _ = gate(frame, config=settings(empty_rejected={"max_rate": 0.57}))
-    found = {f.rule: f for f in report.findings}["pairs/empty_rejected"]
-    assert (found.passed, found.count, found.rate) == (passes, bad, bad / 100)
-    assert found.threshold == {"max_rate": 0.57}
-    assert len(found.rows) == 10
+    for column, bad in (("rejected", 57), ("chosen", 58)):
+        frame.loc[: bad - 1, column] = ""
+    rule = {"max_rate": 0.57}
+    report, _ = gate(frame, config=settings(empty_rejected=rule, empty_chosen=rule))
+    findings = {f.rule: f for f in report.findings}
+    for column, bad in (("rejected", 57), ("chosen", 58)):
+        found = findings[f"pairs/empty_{column}"]
+        assert (found.passed, found.count, found.rate) == (bad == 57, bad, bad / 100)
+        assert found.threshold == rule
+        assert len(found.rows) == 10
 
 
 def test_other_thresholds_come_from_the_recipe(gate: Gate) -> None:
     frame = clean_pairs()
     frame["chosen"] = frame["chosen"] + " And there is more to say than that." * 3
-    assert {"length_skew", "length_ratio"} == set(failed(gate(frame)[0]))
     wide = settings(length_skew={"high": 1.0}, length_ratio={"high": 3.0}, too_few={"min_rows": 41})
     assert set(failed(gate(frame, config=wide)[0])) == {"too_few"}
 
@@ -204,13 +198,6 @@ def test_data_docs_are_on_disk_and_show_the_failure(dropped: tuple[GateReport, p
     assert all(name in pages[index] for name in ("pairs-after-quarantine", "pairs-schema"))
 
 
-def test_one_folder_serves_two_subjects_and_reruns(gate: Gate) -> None:
-    first, _ = gate(clean_prompts(), subject="prompts")
-    second, _ = gate(broken())
-    third, _ = gate(clean_pairs())
-    assert [r.refused for r in (first, second, third)] == [False, True, False]
-
-
 @pytest.mark.parametrize(
     ("file", "by"),
     [
@@ -226,13 +213,10 @@ def test_one_folder_serves_two_subjects_and_reruns(gate: Gate) -> None:
 def test_real_data(gate: Gate, shared: Path, file: str, by: dict[str, int]) -> None:
     frame = load(DataConfig(path=str(shared / "data" / "preference" / file))).frame
     frame = split_by_prompt(frame, eval_fraction=0.1, seed=0)
-    report, _ = gate(frame)
-    assert {f"pairs/{n}": f.count for n, f in failed(report).items() if f.severity == "critical"} == by
-    assert report.refused is bool(by)
-    for name, finding in failed(report).items():
-        if name == "fault":
-            assert set(finding.rows) == set(frame.loc[frame["fault"] != "", "row"])
-    dropped, kept = gate(frame, config=DROP)
-    dropped.raise_if_refused()
-    assert dropped.dropped_by == by
+    report, kept = gate(frame, config=DROP)
+    report.raise_if_refused()
+    refused = {f.rule: f for f in report.before if f.severity == "critical" and not f.passed}
+    assert {name: f.count for name, f in refused.items()} == report.dropped_by == by
+    if "pairs/fault" in by:
+        assert set(refused["pairs/fault"].rows) == set(frame.loc[frame["fault"] != "", "row"])
     assert len(kept) == len(frame) - sum(by.values())

@@ -31,18 +31,14 @@ def test_rows_that_the_template_cannot_write_are_named_with_the_reason(gate: Any
 
 
 @pytest.mark.parametrize("kind", ["end and a line break", "no end", "wrapped answer"])
-@pytest.mark.parametrize("place", ["prompt", "chosen"])
-def test_control_tokens_of_the_tokenizer_are_critical_wherever_they_stand(
-    gate: Any, kind: str, place: str
-) -> None:
+def test_control_tokens_of_the_tokenizer_are_critical_wherever_they_stand(gate: Any, kind: str) -> None:
     known = tokenisation(kind)
     token = next(t for t in known.special_tokens if "<|" in t and t in TEMPLATES[kind])
     frame = clean_pairs(chat=True).assign(tools="", answer_chat=False)
-    frame.loc[3, place] = (
-        frame.loc[3, place].replace("that", f"that {token}").replace("know", f"know {token}")
-    )
+    frame.loc[3, "prompt"] = frame.loc[3, "prompt"].replace("know", f"know {token}")
+    frame.loc[6, "chosen"] = frame.loc[6, "chosen"].replace("know", f"know {token}")
     report, _ = gate(frame, tokenisation=known)
-    assert failed(report)["special_tokens"].rows == [row_number(3)]
+    assert failed(report)["special_tokens"].rows == [row_number(3), row_number(6)]
 
 
 def test_tokens_that_a_template_writes_but_that_are_not_special_are_a_warning(gate: Any) -> None:
