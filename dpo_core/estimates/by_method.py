@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_core.estimates.estimate import EstimatedWork, Examples, Inputs, loop, rounds, with_forward_pass
+from dpo_core.methods.diffusion import DiffusionConfig
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.methods.online_dpo import OnlineDpoConfig
@@ -20,6 +21,14 @@ def estimate_training(method: str, settings: Any, inputs: Inputs) -> EstimatedWo
         settings: a value of the method's settings class.
     """
     return ESTIMATES[method](settings, inputs)
+
+
+def _diffusion(config: DiffusionConfig, inputs: Inputs) -> EstimatedWork:
+    return EstimatedWork(
+        precision=config.engine.precision,
+        engine=config.engine,
+        note="the operations of an image are counted when the network is there",
+    )
 
 
 def _dpo(config: DpoConfig, inputs: Inputs) -> EstimatedWork:
@@ -56,6 +65,7 @@ def _sft(config: SftConfig, inputs: Inputs) -> EstimatedWork:
 
 
 ESTIMATES: dict[str, Callable[[Any, Inputs], EstimatedWork]] = {
+    "diffusion": _diffusion,
     "dpo": _dpo,
     "grpo": rounds,
     "kto": _kto,

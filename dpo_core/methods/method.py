@@ -71,7 +71,8 @@ class Method:
     """Former settings with their only remaining value. They stay in the stage's key, so that earlier results
     are still used."""
     policy: bool = True
-    """False: it trains the reference or the reward model of a run, not a policy."""
+    """False: a recipe's policies cannot name it. It trains the reference or the reward model of a run, or is
+    run as a job of its own."""
     artifact: Literal["model", "reward-model"] = "model"
     scored: bool = False
     """Whether a reward scores what it samples."""

@@ -14,11 +14,12 @@ from dpo_core.errors import RecipeError
 from dpo_core.models.lora_config import LORA_EXTRA, LoraConfig
 
 
-def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
-    """Freeze a causal language model in place and add a trainable adapter to its linear layers.
+def add_lora(model: Any, config: LoraConfig, seed: int, *, language_model: bool = True) -> None:
+    """Freeze a model in place and add a trainable adapter to its linear layers.
 
     Args:
         seed: of A; B is zero.
+        language_model: it has an output head, which gets no adapter.
 
     Raises:
         RecipeError: peft is not installed, or the model has no layers of these names.
@@ -30,19 +31,22 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         )
     import peft  # noqa: PLC0415 - optional
 
-    targets = config.target_modules
     linear = torch.nn.Linear
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, linear)]
     # Some routers are linear layers that return more than a product.
-    skip = [
-        n for n, m in model.named_modules() if isinstance(m, linear) and type(m).forward != linear.forward
-    ]
+    skip = [n for n, m in layers if type(m).forward != linear.forward]
+    targets: str | list[str]
+    if isinstance(config.target_modules, tuple):
+        targets = list(config.target_modules)
+    else:
+        targets = "all-linear" if language_model else [n for n, _ in layers]
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets,
         exclude_modules=skip or None,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if language_model else None,
     )
     try:
         with torch.random.fork_rng():
@@ -52,10 +56,11 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         raise RecipeError(
             f"LoRA cannot be added to this model: {str(error).splitlines()[0]}", "Check lora.target_modules"
         ) from error
-    _refuse_head(model)
+    if language_model:
+        _refuse_head(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    if getattr(model, "supports_gradient_checkpointing", False):
+    if language_model and getattr(model, "supports_gradient_checkpointing", False):
         # Recomputed layers must see an input that needs a gradient; the frozen embedding gives none.
         model.enable_input_require_grads()
 

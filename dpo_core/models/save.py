@@ -48,6 +48,11 @@ def export_policy(model: Any, tokenizer: "PreTrainedTokenizerBase", start: Path,
     shutil.copyfile(start / "config.json", out / "config.json")
 
 
+def most_frequent_dtype(folder: Path) -> "torch.dtype | None":
+    """The data type of most weights of a folder; None if all are fp32."""
+    return _most_frequent(_stored_dtypes(folder))
+
+
 def _stored_dtypes(folder: Path) -> dict[str, tuple["torch.dtype", int]]:
     """Data type and number of elements of every floating-point tensor, by its name in the files."""
     import torch  # noqa: PLC0415 - read without torch too

@@ -26,7 +26,7 @@ from dpo_core.scoring.packing_check import packing_fault
 from dpo_core.training.batches import Batch, Batches, PackedBatches, PaddedBatches
 from dpo_core.training.config import LoopConfig, PackedLoopConfig
 from dpo_core.training.engine import Engine, MetricsFile
-from dpo_core.training.routing import router_balance
+from dpo_core.training.routing import RouterBalance, router_balance
 from dpo_core.training.stop import Stopped
 
 log = logging.getLogger(__name__)
@@ -96,12 +96,8 @@ class Trainer(StepTrainer, Generic[Example]):
         self.module = module
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
-        self.shape = shape_of(module)  # before ZeRO shards the weights
-        self.balance = router_balance(module)
-        if config.engine.gradient_checkpointing:
-            checkpoint_layers(module)
-        if config.engine.compile:
-            compile_layers(module)
+        self.balance: RouterBalance | None = None
+        self.prepare(module)
         self.engine = Engine(
             module,
             config.optim,
@@ -110,6 +106,15 @@ class Trainer(StepTrainer, Generic[Example]):
             micro_batches=self.batches.micro_batches,
             work=work,
         )
+
+    def prepare(self, module: nn.Module) -> None:
+        """Read the model's shape and set its options, before ZeRO shards its weights."""
+        self.shape = shape_of(module)
+        self.balance = router_balance(module)
+        if self.config.engine.gradient_checkpointing:
+            checkpoint_layers(module)
+        if self.config.engine.compile:
+            compile_layers(module)
 
     @abstractmethod
     def length(self, example: Example) -> int:

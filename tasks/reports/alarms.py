@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from dpo_core.evaluation.policy_row import PolicyRow
+from dpo_core.methods.diffusion import DISPLACED_ERROR
 from dpo_core.statistics.format import interval, number, percent
 from tasks.recipe.policies import REFERENCE
 from tasks.reports.curves import clear_change, quarters, series, start_and_end
@@ -196,7 +197,16 @@ def _gained(row: PolicyRow | None) -> bool:
 
 
 def _displaced(reference: str, rows: list[dict[str, float]]) -> str:
-    """Likelihood displacement by the implicit reward, which compares a policy with its reference."""
+    """Likelihood displacement by the implicit reward, which compares a policy with its reference.
+
+    Of a diffusion model, by the error on chosen images: it and that on rejected ones can rise together.
+    """
+    errors = start_and_end(series(rows, "error/chosen")[1])
+    if errors and errors[1] > DISPLACED_ERROR:
+        return (
+            f"the denoising error on chosen images ended at {number(errors[1])} times the reference's: "
+            "preferred images became less likely."
+        )
     chosen = start_and_end(series(rows, "logps/chosen")[1])
     rewards = series(rows, "rewards/chosen")[1]
     reward = start_and_end(rewards)

@@ -95,7 +95,7 @@ def methods_page() -> str:
         use = (
             f"`policies: {{NAME: {{method: {method.name}}}}}`"
             if method.policy
-            else "Used by the run itself, not by policies."
+            else "Not for policies: used by the run itself, or as a job of its own."
         )
         lines += [
             "",

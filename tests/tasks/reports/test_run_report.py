@@ -147,6 +147,7 @@ BAD_ACCURACY = [0.8] * 10 + [0.6] * 10
     ("report", "name"),
     [
         (example(curves=_curve(logps__chosen=FALLING, rewards__chosen=FALLING)), "Likelihood displacement"),
+        (example(curves=_curve(error__chosen=[1.0] * 10 + [1.3] * 10)), "Likelihood displacement"),
         (with_policy("DPO", kl=estimate(10.1, 1)), "KL run-away"),
         (with_policy("PPO", kl=estimate(10.1, 1)), "KL run-away"),
         (with_policy("PPO", kl=estimate(2.0, 0.3)), "KL run-away"),
