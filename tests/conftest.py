@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import yaml
 
 from tests.support.models.tiny import make_tiny_model
-from tests.support.runs.forked import job_servers
+from tests.support.runs.forked import job_servers, start_server
 from tests.support.runs.tiny_run import SERVER, Bench, prefect_address, tiny_recipe
 
 # Set before any test imports the packages that read them.
@@ -62,6 +64,17 @@ def _group(file: Path) -> str:
 def pytest_configure_node(node: Any) -> None:
     """Workers of pytest-xdist share one Prefect server, which their controller starts."""
     node.workerinput[SERVER] = prefect_address()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Workers of pytest-xdist are forked from one process, so that the libraries are loaded once."""
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # they share the cores out; threads that wait for each other cost more
+    )
+    worker = Path(__file__).parent / "support" / "runs" / "worker.py"
+    for spec in specs:
+        spec.python = shlex.join([sys.executable, str(worker), start_server()])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -90,24 +90,18 @@ def test_flows_that_begin_again_at_the_same_moment_rejoin_one_job(site: Site, tm
     assert site.make("another run").find(job.parent) is None
 
 
-@pytest.mark.parametrize("what", ["fail", "wait"])
-def test_after_a_job_that_failed_or_was_stopped_comes_the_next_attempt(
-    site: Site, tmp_path: Path, what: str
-) -> None:
-    job = stand_in.job(tmp_path / "work", what)
-    first = site.make()
-    handle = first.submit(job, 1, job.parent)
-    if what == "wait":
-        wait_until((job.parent / "ready").exists, "a node")
-        first.cancel(handle, grace=10)
-    assert until_over(first, handle) is not State.DONE
-    stand_in.job(tmp_path / "work", "done")
-    again = site.make()
-    second = again.submit(job, 1, job.parent)
-    assert until_over(again, second) is State.DONE
+def test_after_a_job_that_failed_or_was_stopped_comes_the_next_attempt(site: Site, tmp_path: Path) -> None:
+    for what in ("fail", "wait", "done"):
+        job = stand_in.job(tmp_path / "work", what)
+        launcher = site.make()
+        handle = launcher.submit(job, 1, job.parent)
+        if what == "wait":
+            wait_until((job.parent / "ready").exists, "a node")
+            launcher.cancel(handle, grace=10)
+        assert (until_over(launcher, handle) is State.DONE) is (what == "done")
     # What is done stays done, and is not run again.
-    assert site.make().submit(job, 1, job.parent) == second
-    assert site.submitted() == 2
+    assert site.make().submit(job, 1, job.parent) == handle
+    assert site.submitted() == 3
 
 
 def test_a_job_whose_acceptance_was_lost_is_found(site: Site, tmp_path: Path) -> None:

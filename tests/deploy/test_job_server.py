@@ -1,4 +1,7 @@
-"""Jobs of one process on this machine are forked from a warm process; each is still a process of its own."""
+"""Jobs of one process on this machine are forked from a warm process; each is still a process of its own.
+
+That a run starts such a process is tested with whole runs.
+"""
 
 import os
 import shutil
@@ -11,22 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.launchers import LocalLauncher, State, job_server_client
+from deploy.launchers import LocalLauncher, State
 from deploy.launchers.job_server_client import PID_FILE, JobServer
 from dpo_core.jobs.files import CompareTokensJob, write_job
 from tests.support.models.tiny import make_tiny_model
-from tests.support.runs import forked
 from tests.support.runs.training_jobs import wait_until
 
 pytestmark = pytest.mark.skipif(not JobServer.serves(1), reason="a process that has seen a GPU is not forked")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cold() -> Iterator[None]:
-    """Job servers start as those of a user's run do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_server_client, "start_process", forked.start_cold)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +108,6 @@ def test_a_cancelled_job_and_one_that_a_killed_flow_left_are_ended(
     assert second.poll(handle) is not State.RUNNING
 
 
-@pytest.mark.slow  # that children end with their parent: tests/flows/process/test_children.py
 def test_jobs_end_with_their_server(model: Path, tmp_path: Path) -> None:
     server = JobServer()
     launcher = LocalLauncher(server=server)

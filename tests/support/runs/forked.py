@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -28,13 +29,18 @@ from deploy.launchers import job_server_client, torchrun
 from deploy.launchers.base import LOG
 from tests.support.runs.tracked import free_port
 
-start_cold = job_server_client.start_process
-"""Starts a job server as a user's run does."""
 Main = Callable[[list[str]], int]
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Starts processes that have loaded the libraries; all tests share one server and its list of modules."""
 PROCESSES.set_forkserver_preload(["tests.support.runs.preload"])
+
+
+def start_server() -> str:
+    """Start the process that tests fork from, which loads in the background; its address."""
+    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running()
+    return str(server._forkserver_address)
 
 
 def dpo(

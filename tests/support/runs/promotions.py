@@ -122,11 +122,6 @@ def dpo_at_once(commands: Sequence[Sequence[str]], folder: Path, *, decided: boo
     return _all(commands, folder, _Together(forked.PROCESSES.Barrier(len(commands)), decided))
 
 
-def dpo(*arguments: str, folder: Path) -> Ended:
-    """One command."""
-    return _all([arguments], folder, None)[0]
-
-
 def dpo_killed(*arguments: str, folder: Path, before_write: int) -> Ended:
     """One command that SIGKILL ends just before it writes to MLflow for the n-th time, counted from 0."""
     return _all([arguments], folder, _Killed(before_write))[0]

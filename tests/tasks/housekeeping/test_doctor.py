@@ -234,7 +234,7 @@ def test_servers_that_are_dead_or_silent_cost_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in _IMPATIENT.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, min(value, "1"))
     with silent() as port:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         began = time.monotonic()

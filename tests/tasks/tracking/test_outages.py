@@ -4,6 +4,7 @@ A database whose disk is full answers questions and refuses every write; trigger
 """
 
 import contextlib
+import functools
 import logging
 import shutil
 import sqlite3
@@ -254,7 +255,7 @@ import sqlite3, sys, time
 database = sqlite3.connect(sys.argv[1])
 database.execute("begin exclusive")
 print("held", flush=True)
-time.sleep(7)  # SQLite's own patience is 5 s
+time.sleep(2)
 database.rollback()
 """
 
@@ -275,8 +276,10 @@ def test_a_database_is_made_by_one_of_two_processes(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".mlflow.db.new*"))
 
 
-def test_a_locked_database_is_waited_for(workspace: Path) -> None:
+def test_a_locked_database_is_waited_for(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a process that was stopped in the middle of a write: not even readers are answered."""
+    # SQLite's own patience is 5 s.
+    monkeypatch.setattr("sqlite3.dbapi2.connect", functools.partial(sqlite3.dbapi2.connect, timeout=0.5))
     holder = python(HOLD, workspace / "mlflow.db")
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
