@@ -23,6 +23,7 @@ from dpo_core.scoring.autocast import autocast, effective_precision
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
+from dpo_core.scoring.lm_head import own_logits
 from dpo_core.scoring.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scoring.precision import Precision
 
@@ -168,7 +169,7 @@ def _own_logps(model: Any, document: Document) -> Tensor:
     logps = []
     for branch in document.branches:
         ids = torch.tensor([document.prompt + branch], device=next(model.parameters()).device)
-        logps_TV = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+        logps_TV = torch.log_softmax(own_logits(model, model(input_ids=ids).logits[0]).float(), -1)
         at = torch.arange(len(document.prompt) - 1, ids.shape[1] - 1)
         logps.append(logps_TV[at, ids[0, at + 1]])
     return torch.cat(logps)

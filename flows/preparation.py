@@ -140,7 +140,7 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
 
 def _sft_reads_answers(recipe: Recipe) -> bool:
     sft = recipe.sft
-    return sft.enabled and sft.demonstrations is None and sft.made_demonstrations is None
+    return sft.enabled and sft.reads_answers
 
 
 def _require_labels(recipe: Recipe, kind: str) -> None:

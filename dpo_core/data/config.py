@@ -78,28 +78,33 @@ class DataConfig(Config):
     openings: int | None = Field(default=None, ge=2)
     """Number of generated review openings to use as prompts in place of a `path`."""
 
+    scenes: int | None = Field(default=None, ge=2, exclude_if=lambda count: count is None)
+    """Number of generated prompts of each category, for images of the world of scenes, in place of a path."""
+
     seed: int = Field(default=0, ge=0)
-    """Seed of samples, of the split and of the generated openings."""
+    """Seed of samples, of the split and of the generated prompts."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
-        sources = [name for name in ("path", "openings", "mixture") if getattr(self, name) is not None]
+        known = ("path", "openings", "mixture", "scenes")
+        sources = [name for name in known if getattr(self, name) is not None]
         if len(sources) != 1:
-            state = {0: "none is set", 2: "two are set", 3: "all are set"}[len(sources)]
+            state = {0: "none is set", 2: "two are set"}.get(len(sources), "more are set")
             raise ValueError(
                 "set exactly one of data.path (a file, a folder or a hub name), data.mixture (several of "
-                f"them) and data.openings (a number of generated prompts); {state}"
+                f"them) and data.openings or data.scenes (a number of generated prompts); {state}"
             )
         unread = {
             "path": (),
             "mixture": ("split",) if self.eval_path is not None else ("format", "split", "columns"),
             "openings": ("format", "split", "columns", "limit", "pairs"),
+            "scenes": ("format", "split", "columns", "limit", "pairs"),
         }[sources[0]]
         if changed := [name for name in unread if self._changed(name)]:
             names = ", ".join(f"data.{name}" for name in changed)
             why = (
-                "there is no data.path, only data.openings"
-                if self.openings is not None
+                f"there is no data.path, only data.{sources[0]}"
+                if sources[0] in ("openings", "scenes")
                 else "each set of data.mixture has its own"
             )
             have, them = ("has", "it") if len(changed) == 1 else ("have", "them")

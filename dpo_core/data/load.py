@@ -5,6 +5,8 @@ from dpo_core.data.demo.reviews import review_openings
 from dpo_core.data.layouts.fields import PromptFields
 from dpo_core.data.mixture import load_mixture
 from dpo_core.data.records import Loaded, load_source, subsample, to_frame
+from dpo_core.images.prompts import PROMPT_FILES, records
+from dpo_core.images.records import Record, read_record
 
 
 def load(config: DataConfig) -> Loaded:
@@ -15,12 +17,27 @@ def load(config: DataConfig) -> Loaded:
     """
     if config.mixture is not None:
         return subsample(load_mixture(config), config.limit, config.seed)
+    if config.scenes is not None:
+        prompts = [PromptFields(r.prompt, False, metadata=r.to_json()) for r in own_records(config)]
+        frame = to_frame(prompts, "prompts")
+        return Loaded(frame, "prompts", "prompts", "self-made prompts of scenes", {"rows_read": len(frame)})
     if config.path is None:
         texts = review_openings(config.openings or 0, config.seed)
         frame = to_frame([PromptFields(text, False) for text in texts], "prompts")
         return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
     source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
     return subsample(load_source(source, config), config.limit, config.seed)
+
+
+def own_records(config: DataConfig) -> list[Record]:
+    """The generated records, without those that the suite `scenes` asks for."""
+    asked = {read_record(line).prompt for line in PROMPT_FILES["comp"].read_text().splitlines()}
+    drawn = records("comp", (config.scenes or 0) + len(asked), config.seed)
+    tags: dict[str, list[Record]] = {}
+    for record in drawn:
+        if record.prompt not in asked:
+            tags.setdefault(record.tag, []).append(record)
+    return [record for made in tags.values() for record in made[: config.scenes]]
 
 
 def load_eval(config: DataConfig) -> Loaded | None:

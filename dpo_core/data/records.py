@@ -33,7 +33,8 @@ the chosen answer, empty if unknown), tools (JSON list of functions, "" = none),
 compact JSON messages: tool calls, reasoning or several turns), margin (difference of the scores, empty if
 unknown), source (the set of a mixture, else ""), fault ("" = none)."""
 UNPAIRED_COLUMNS: list[str] = _SCHEMAS["unpaired"].names
-PROMPT_COLUMNS: list[str] = _SCHEMAS["prompts"].names
+PROMPT_COLUMNS: list[str] = [name for name in _SCHEMAS["prompts"].names if name != "metadata"]
+"""Prompts of images also have `metadata`, where one has any."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def record_id(record: Record) -> str:
             content = f"unpaired {len(record.prompt)},{flags}\n{record.prompt}{record.completion}"
         case PromptFields():
             content = f"prompt {record.chat:d}\n{record.prompt}"
+            content += f"\nmetadata {record.metadata}" if record.metadata else ""
     # Added only if present, so that the ids of other rows are the same as in earlier versions.
     if record.tools:
         content += f"\ntools {record.tools}"
@@ -103,6 +105,8 @@ def _table(records: Sequence[Record], kind: Kind, rows: Sequence[int]) -> Any:
 def _frame(tables: list[Any]) -> pd.DataFrame:
     strings = {_TEXT: pd.StringDtype("pyarrow")}
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=strings.get)
+    if "metadata" in frame and (frame["metadata"] == "").all():
+        return frame.drop(columns="metadata")
     return frame
 
 

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.suite_names import module_of
+from dpo_core.evaluation.suite_names import PACKAGED, module_of
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.scoring.precision import Precision
 
@@ -87,7 +87,7 @@ class SuitesConfig(Config):
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "SuitesConfig":
-        if self.names and self.data is None:
+        if self.data is None and not all(name in PACKAGED for name in self.names):
             raise ValueError("suites.data is missing: set it to the folder with the files of suites.names")
         if not self.names and (self.data is not None or self.settings != SuiteConfig()):
             raise ValueError(

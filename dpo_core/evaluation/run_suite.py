@@ -33,6 +33,8 @@ def data_file(suite: Suite, data: Path) -> Path:
     Raises:
         RecipeError: there is none.
     """
+    if suite.packaged:
+        return suite.packaged
     if data.is_file():
         return data
     if not data.is_dir():

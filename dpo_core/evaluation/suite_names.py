@@ -14,8 +14,13 @@ MODULES = {
     "advbench": "refusal",
     "truthfulqa_mc": "truthfulqa",
     "truthfulqa_gen": "truthfulqa",
+    "scenes": "scenes",
+    "scenes_gen": "scenes",
 }
 """Suite name: module of `dpo_core.evaluation.suites` that exports it in `SUITES`."""
+
+PACKAGED = ("scenes", "scenes_gen")
+"""Suites whose data file comes with this package."""
 
 
 def module_of(suite: str) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_core.data.tokens.image_codes import ImageCodes, image_codes
+from dpo_core.errors import NeedsNewSettings
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.next_token import cache_is_exact, open_rows
 from dpo_core.ranks import Ranks, SingleRank
@@ -20,7 +22,7 @@ class Completion:
 
     ids: tuple[int, ...]
     ended: bool
-    """Whether it ends with a stop token, which is then the last of `ids`."""
+    """Whether it ends with a stop token, which is then the last of `ids`; an image always ends."""
     logps: tuple[float, ...] = field(default=(), compare=False)
     """Log-prob of each token under the sampler, at the temperature of sampling. Training computes its own;
     their difference shows how much the two models differ."""
@@ -49,7 +51,9 @@ def sample(
         places: the number of each prompt among those of all ranks; by default its index in `prompts`.
         ranks: the ranks that share the batches, each called with the same prompts; None: this process only.
     """
-    stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    images = image_codes(model.config)
+    require_fitting(config, images)
+    stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id) if images is None else frozenset()
     cache_is_exact(model)  # checked in full precision; the copy below has the result
     precision = effective_precision(config.precision, next(model.parameters()).device)
     sampler = copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
@@ -69,8 +73,26 @@ def sample(
     for batch, completions in zip(batches, drawn, strict=True):
         for index, tokens in zip(batch, completions, strict=True):
             ids, logps = zip(*tokens, strict=True)
-            results[index] = Completion(ids, ids[-1] in stops, logps)
+            results[index] = Completion(ids, images is not None or ids[-1] in stops, logps)
     return [results[index] for index in range(len(prompts))]
+
+
+def require_fitting(config: SamplingConfig, images: ImageCodes | None) -> None:
+    """Refuse settings that are not those of the model's completions.
+
+    Raises:
+        NeedsNewSettings: guidance of a model of text, or another length than that of the model's images.
+    """
+    if images is None and config.guidance != 1:
+        raise NeedsNewSettings(
+            "the model writes text, which is sampled without guidance", "Remove guidance from sampling"
+        )
+    if images and config.max_new_tokens != images.length:
+        raise NeedsNewSettings(
+            f"an image of this model has {images.length} tokens, and sampling.max_new_tokens is "
+            f"{config.max_new_tokens}",
+            f"Set max_new_tokens to {images.length} in every sampling section",
+        )
 
 
 def _generate(
@@ -85,7 +107,7 @@ def _generate(
     completions: list[list[tuple[int, float]]] = [[] for _ in prompts]
     stops_E = torch.tensor(sorted(stops), device=device)
     live_B = torch.arange(len(prompts))
-    rows = open_rows(model, prompts)
+    rows = open_rows(model, prompts, config.guidance)
     for step in range(config.max_new_tokens):
         logits_BV = rows.logits()
         uniforms_B = uniforms_BT[live_B, step].to(logits_BV.device)

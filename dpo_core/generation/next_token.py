@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo_core.data.tokens.image_codes import image_codes
 from dpo_core.scoring.attention import accepts, padded_hidden, trunk_of
 from dpo_core.scoring.layout import right_padded
-from dpo_core.scoring.lm_head import logits
+from dpo_core.scoring.lm_head import logits, own_logits
 from dpo_core.scoring.packing_check import RAW_ERRORS, difference, trial_documents
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,38 @@ class TokenRows(Protocol):
         ...
 
 
-def open_rows(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> TokenRows:
-    """Rows that start as the prompts, with a cache if it is exact."""
-    return CachedRows(model, prompts) if cache_is_exact(model) else WholeRows(model, prompts)
+def open_rows(model: nn.Module, prompts: Sequence[tuple[int, ...]], guidance: float = 1.0) -> TokenRows:
+    """Rows that start as the prompts, with a cache if it is exact.
+
+    Args:
+        guidance: of a model of images; see `SamplingConfig.guidance`.
+    """
+    kind = CachedRows if cache_is_exact(model) else WholeRows
+    rows: TokenRows = kind(model, prompts)
+    if guidance == 1:
+        return rows
+    images = image_codes(model.config)
+    assert images, "text is sampled without guidance"
+    return GuidedRows(rows, kind(model, [images.null_prompt(prompt) for prompt in prompts]), guidance)
+
+
+class GuidedRows:
+    """The same completions after their prompts and after prompts that say nothing."""
+
+    def __init__(self, given: TokenRows, without: TokenRows, guidance: float) -> None:
+        self.given, self.without, self.guidance = given, without, guidance
+
+    def logits(self) -> Tensor:
+        without_BV = self.without.logits()
+        return without_BV + self.guidance * (self.given.logits() - without_BV)
+
+    def extend(self, next_B: Tensor) -> None:
+        self.given.extend(next_B)
+        self.without.extend(next_B)
+
+    def keep(self, rows: Tensor) -> None:
+        self.given.keep(rows)
+        self.without.keep(rows)
 
 
 class CachedRows:
@@ -73,7 +103,7 @@ class CachedRows:
             positions_BT = (self.attention_BT.cumsum(-1) - 1).clamp(min=0)
             extra["position_ids"] = positions_BT[:, -self.new_BT.shape[1] :]
         output = self.model(input_ids=self.new_BT, attention_mask=self.attention_BT, **extra)
-        return output.logits[self.live, -1]
+        return own_logits(self.model, output.logits[self.live, -1])
 
     def extend(self, next_B: Tensor) -> None:
         self.new_BT = self.attention_BT.new_zeros(len(self.attention_BT), 1)

@@ -8,6 +8,7 @@ them the caption is wrong.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dpo_core.images.records import Record, Relation, Thing, Wanted, requirements
@@ -181,6 +182,12 @@ def records(domain: Domain, per_tag: int, seed: int, content: Content = ALL) -> 
             known.setdefault(record.prompt, record)
         made += known.values()
     return made
+
+
+PROMPT_FILES: dict[Domain, Path] = {
+    domain: Path(__file__).parent / f"{domain}_prompts.jsonl" for domain in TAGS
+}
+"""The prompts that the suites ask for, in the form of GenEval's metadata."""
 
 
 def captioned_scenes(count: int, seed: int, wrong: float) -> Iterator[tuple[Record, list[Thing]]]:

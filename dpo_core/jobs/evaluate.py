@@ -4,6 +4,7 @@ One model is in memory at a time: each policy samples and computes the log-probs
 reference computes those of all samples, then the reward scores them.
 """
 
+import base64
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,16 +25,18 @@ from dpo_core.evaluation.policies import (
     sequence_logps,
 )
 from dpo_core.evaluation.summary import PolicySamples
+from dpo_core.images.codec import as_png, pixels_of
 from dpo_core.jobs.files import EvaluationJob
 from dpo_core.jobs.start import device
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import JobRanks, Ranks
-from dpo_core.rewards.model import scorer, scoring_flops_of
+from dpo_core.rewards.model import metadata_of, scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.completion_scores import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
 
 FILE = EvaluationJob
+_SCALE = 6  # pixels of a page for each of an image of 16 x 16
 
 
 def run(job: EvaluationJob, ranks: JobRanks) -> dict[str, Any]:
@@ -116,7 +119,14 @@ class _Evaluation:
     def score(self) -> None:
         """The rewards of all samples."""
         job = self.job
-        score = scorer(job.reward, self.tokenise, job.config.precision, device=device(), ranks=self.ranks)
+        score = scorer(
+            job.reward,
+            self.tokenise,
+            job.config.precision,
+            device=device(),
+            ranks=self.ranks,
+            metadata=metadata_of(pd.read_parquet(job.prompts).to_dict("records")),
+        )
         flops_of = scoring_flops_of(job.reward)
         for name, drawn in self.samples.items():
             texts = [self.prompts[index][1] for index in drawn.prompt_index]
@@ -130,7 +140,23 @@ class _Evaluation:
             "held_out_pairs": len(self.pairs),
             "policies": {name: self._policy(name) for name in self.samples},
             "flops": self.reference_flops + sum(self.flops.values()),
+            "images": self._shown_images(),
         }
+
+    def _shown_images(self) -> list[dict[str, list[str]]]:
+        """PNG files in base64 of the prompts that the page shows, by policy; empty for a model of text."""
+        images = self.tokenise.images
+        if images is None:
+            return []
+        shown = []
+        for index in range(min(self.job.config.shown, len(self.prompts))):
+            by_policy = {}
+            for name, drawn in self.samples.items():
+                texts = [t for t, at in zip(drawn.texts, drawn.prompt_index, strict=True) if at == index]
+                files = [as_png(pixels, _SCALE) for pixels in pixels_of(images.codec, texts)]
+                by_policy[name] = [base64.b64encode(file).decode() for file in files]
+            shown.append(by_policy)
+        return shown
 
     def _policy(self, name: str) -> dict[str, Any]:
         own = self.own_sides.get(name)

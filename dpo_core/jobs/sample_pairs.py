@@ -19,7 +19,7 @@ from dpo_core.jobs.start import device
 from dpo_core.methods.pair_sampling import PairSamplingConfig, ScoredSample, pair_up
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import JobRanks, Ranks
-from dpo_core.rewards.model import scorer
+from dpo_core.rewards.model import metadata_of, scorer
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.model_shape import shape_of
 
@@ -44,7 +44,7 @@ def run(job: PairSamplingJob, ranks: JobRanks) -> dict[str, Any] | None:
     model = load_model(model_path).to(device())
     drawn = _draw(ranks, model, [ids for _, ids in repeated], job, tokenise.stop_ids)
     sequences = [TokenSequence(ids, c.ids) for (_, ids), c in zip(repeated, drawn, strict=True)]
-    score = scorer(job.reward, tokenise, "fp32", ranks=ranks)
+    score = scorer(job.reward, tokenise, "fp32", ranks=ranks, metadata=metadata_of(rows))
     rewards = score(sequences, [row["prompt"] for row, _ in repeated])
     if ranks.rank != 0:
         return None

@@ -47,6 +47,12 @@ class RoundsConfig(Config):
         """How often prompts whose samples all score the same are replaced by the next prompts."""
         return 0
 
+    @property
+    def length_rules(self) -> list[str]:
+        """The fields that are set and judge how a completion ends: an image has no end, and one length."""
+        names = ("missing_eos_penalty", "mask_truncated", "soft_overlong")
+        return [name for name in names if getattr(self, name, None)]
+
     @model_validator(mode="after")
     def _rounds_divide(self) -> "RoundsConfig":
         if self.engine.zero_stage == 3:

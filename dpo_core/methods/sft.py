@@ -16,6 +16,8 @@ class SftConfig(PackedLoopConfig):
     """File of demonstrations, rows of {prompt, completion}. Empty: the chosen or desirable answers."""
     made_demonstrations: int | None = Field(None, ge=1)
     """Number of self-made review demonstrations, for the self-made openings."""
+    made_scenes: int | None = Field(None, ge=1, exclude_if=lambda count: count is None)
+    """Number of self-made captioned scenes, for images; as on the web, a third of the captions are wrong."""
     batch_size: int = Field(16, ge=1)
     """Demonstrations in one optimiser step, over all ranks."""
     optim: OptimConfig = OptimConfig(learning_rate=2e-5)
@@ -27,9 +29,15 @@ class SftConfig(PackedLoopConfig):
 
     @model_validator(mode="after")
     def _one_source(self) -> "SftConfig":
-        if self.demonstrations is not None and self.made_demonstrations is not None:
-            raise ValueError("demonstrations and made_demonstrations are both set: choose one")
+        named = ("demonstrations", "made_demonstrations", "made_scenes")
+        if len(given := [name for name in named if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} are both set: choose one")
         return self
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether it learns from the answers of the data."""
+        return self.demonstrations is None and self.made_demonstrations is None and self.made_scenes is None
 
 
 METHOD = Method(

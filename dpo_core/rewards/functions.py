@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -16,12 +16,11 @@ from typing import Any, Protocol, runtime_checkable
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed
+from dpo_core.images.rewards import KINDS, PREFIX, Kind, SceneReward
 from dpo_core.rewards.http import HttpReward, is_url
 from dpo_core.system import digest_file, digest_text
 
-_FORMS = (
-    "Write 'sentiment', 'package.module:callable', 'path/to/file.py:callable' or 'http(s)://host:port/path'."
-)
+_FORMS = "Write 'sentiment', 'scenes:exact', 'package.module:callable', 'path/to/file.py:callable' or 'http(s)://host:port/path'."
 
 
 @runtime_checkable
@@ -30,8 +29,14 @@ class RewardFunction(Protocol):
 
     name: str
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """One finite number per completion, in order."""
+    def __call__(
+        self, prompts: list[str], completions: list[str], metadata: list[str] | None = None
+    ) -> list[float]:
+        """One finite number per completion, in order.
+
+        Args:
+            metadata: what the data say of each prompt, as JSON; "" for nothing. None: nothing of any.
+        """
         ...
 
 
@@ -46,7 +51,9 @@ class SentimentReward:
     def __init__(self) -> None:
         self._analyzer = SentimentIntensityAnalyzer()
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+    def __call__(
+        self, prompts: list[str], completions: list[str], metadata: list[str] | None = None
+    ) -> list[float]:
         return [float(self._analyzer.polarity_scores(text)["compound"]) for text in completions]
 
 
@@ -56,9 +63,12 @@ class CheckedReward:
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function = function
         self.name = name
+        self._reads_metadata = "metadata" in _parameters(function)
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """One finite float per completion.
+    def __call__(
+        self, prompts: list[str], completions: list[str], metadata: list[str] | None = None
+    ) -> list[float]:
+        """One finite float per completion; `metadata` goes to functions that have a parameter of that name.
 
         Raises:
             StageFailed: the function raised, returned another number of scores, or a score that is not a
@@ -71,7 +81,8 @@ class CheckedReward:
             return []
         try:
             # Pass copies, so that a function that modifies its arguments does not modify the caller's lists.
-            scores = list(self.function(list(prompts), list(completions)))
+            more = [list(metadata or [""] * len(prompts))] if self._reads_metadata else []
+            scores = list(self.function(list(prompts), list(completions), *more))
         except DpoError:  # already has a remedy
             raise
         except Exception as error:
@@ -105,8 +116,9 @@ def load_reward(spec: str) -> RewardFunction:
     """The reward function that a recipe names; its scores are checked on every call.
 
     Args:
-        spec: "sentiment", "package.module:callable", "path/to/file.py:callable" (relative to the current
-            folder) or the address of a server (see `http`). A class is instantiated without arguments.
+        spec: "sentiment", "scenes:exact", "package.module:callable", "path/to/file.py:callable" (relative to
+            the current folder) or the address of a server (see `http`). A class is instantiated without
+            arguments.
 
     Raises:
         RecipeError: nothing of that name can be loaded, or it is not callable.
@@ -115,6 +127,8 @@ def load_reward(spec: str) -> RewardFunction:
         return CheckedReward(SentimentReward(), spec)
     if is_url(spec):
         return CheckedReward(HttpReward(spec), spec)
+    if seen := scene_kind(spec):
+        return CheckedReward(SceneReward(seen), spec)
     place, colon, attribute = spec.rpartition(":")
     if not (colon and place and attribute):
         raise RecipeError(f"'{spec}' does not name a reward function", _FORMS)
@@ -134,6 +148,18 @@ def load_reward(spec: str) -> RewardFunction:
     return CheckedReward(function, name if isinstance(name, str) else attribute)
 
 
+def scene_kind(spec: str) -> Kind | None:
+    """The kind of a reward of scenes, from its name in a recipe; None for another reward."""
+    return next((kind for kind in KINDS if spec == PREFIX + kind), None)
+
+
+def _parameters(function: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a callable written in C
+        return ()
+
+
 def is_reward_model(source: str) -> bool:
     """Whether a reward's source is the folder of a trained reward model."""
     return Path(source, "reward.json").is_file()
@@ -145,7 +171,7 @@ def reward_identity(spec: str | None) -> str | None:
     An edited reward is a different reward. Changes in modules that the file imports are not noticed. A server
     is identified by its address, so a changed server needs a new address (`/v2`).
     """
-    if spec is None or spec == SentimentReward.name or is_url(spec):
+    if spec is None or spec == SentimentReward.name or is_url(spec) or scene_kind(spec):
         return spec
     place = spec.rpartition(":")[0]
     if not place.endswith(".py"):
@@ -162,6 +188,8 @@ def check_reward(spec: str) -> None:
     Raises:
         RecipeError: it cannot be loaded, or its scores are not usable.
     """
+    if scene_kind(spec):
+        return
     # Report an unreachable server within seconds; in a run it has more time to recover.
     reward = CheckedReward(HttpReward(spec, retries=1), spec) if is_url(spec) else load_reward(spec)
     try:

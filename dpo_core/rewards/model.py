@@ -1,8 +1,8 @@
 """Computes rewards of completions with a reward model or a reward function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -93,6 +93,7 @@ def scorer(
     *,
     device: torch.device | str = "cpu",
     ranks: Ranks | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Scorer:
     """The reward of finished completions: a reward model's folder, or a name for `load_reward`.
 
@@ -100,6 +101,7 @@ def scorer(
         tokenise: turns completions into the texts that a reward reads.
         device: of a reward model.
         ranks: share the batches of a reward model. A function sees all completions at once, on one rank.
+        metadata: what the data say of each prompt, by its text; see `metadata_of`.
     """
     if is_reward_model(source):
         model = RewardModel.load(Path(source)).to(device)
@@ -111,12 +113,18 @@ def scorer(
     def by_text(sequences: Sequence[TokenSequence], prompts: Sequence[str]) -> list[float]:
         texts = [tokeniser.text(s.completion, s.prompt) for s in sequences]
         rewards: list[float]
+        told = [metadata.get(prompt, "") for prompt in prompts] if metadata else None
         (rewards,) = (ranks or SingleRank()).map(
-            "rewards", [len(texts)], lambda _: reward(list(prompts), texts)
+            "rewards", [len(texts)], lambda _: reward(list(prompts), texts, told)
         )
         return rewards
 
     return by_text
+
+
+def metadata_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The metadata of the prompts of canonical rows; empty where they have none."""
+    return {row["prompt"]: row["metadata"] for row in rows if row.get("metadata")}
 
 
 def scoring_flops_of(source: str) -> Callable[[Sequence[TokenSequence]], float]:

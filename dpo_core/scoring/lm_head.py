@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo_core.data.tokens.image_codes import image_codes
 from dpo_core.scoring.flops import keeps_logits
 
 # fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
@@ -20,9 +21,18 @@ CHUNK_TOKENS = 512
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) fp32 of a model's output head."""
+    """Weight (V, H) and bias (V,) fp32 of a model's output head, for a model of images those of its codes."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return head.weight, head.bias.float() if getattr(head, "bias", None) is not None else None
+    bias = head.bias.float() if getattr(head, "bias", None) is not None else None
+    if images := image_codes(model.config):
+        return head.weight[: images.count], None if bias is None else bias[: images.count]
+    return head.weight, bias
+
+
+def own_logits(model: nn.Module, logits: Tensor) -> Tensor:
+    """A model's own logits (…, V), of a model of images those of its codes."""
+    images = image_codes(model.config)
+    return logits[..., : images.count] if images else logits
 
 
 def softcap_of(model: nn.Module) -> float | None:

@@ -107,14 +107,15 @@ class Recipe(Config):
                 "reward.model has no effect, because reward.source gives a known reward and no policy has "
                 "reward: model. Remove it"
             )
-        if self.data.openings is not None:
+        if self.data.openings is not None or self.data.scenes is not None:
             if self.reward.source is None:
                 raise ValueError(
                     "reward.source is needed: the data has prompts only, and a known reward labels samples"
                 )
-            if self.sft.enabled and self.sft.demonstrations is None and self.sft.made_demonstrations is None:
+            if self.sft.enabled and self.sft.reads_answers:
+                made = "made_demonstrations" if self.data.scenes is None else "made_scenes"
                 raise ValueError(
-                    "SFT has nothing to learn from: set sft.demonstrations (a file), sft.made_demonstrations "
+                    f"SFT has nothing to learn from: set sft.demonstrations (a file), sft.{made} "
                     "(a number), or sft.enabled to false"
                 )
         if not self.sft.enabled and self.sft != SftConfig(enabled=False):
@@ -128,6 +129,18 @@ class Recipe(Config):
             new = getattr(self, name).sampling.max_new_tokens
             if new >= self.tokens.max_length:
                 raise ValueError(f"{name}.sampling.max_new_tokens {new} leaves no room in tokens.max_length")
+        return self
+
+    @model_validator(mode="after")
+    def _check_images(self) -> "Recipe":
+        if self.data.scenes is None:
+            return self
+        for name, policy in self.policies.items():
+            if rules := getattr(policy, "length_rules", []):
+                raise ValueError(
+                    f"policies.{name}.{rules[0]} has no effect on images, which all have one length and no "
+                    "end. Remove it"
+                )
         return self
 
     @model_validator(mode="after")

@@ -191,6 +191,8 @@ def _model(recipe: Recipe, base: Manifest) -> str:
 def _source(recipe: Recipe) -> str:
     if recipe.data.openings:
         return f"{recipe.data.openings:,} self-made review openings"
+    if recipe.data.scenes:
+        return f"{recipe.data.scenes:,} self-made prompts of each category of the world of scenes"
     return ", ".join(_paths(recipe.data.model_dump(mode="json")))
 
 
@@ -219,7 +221,9 @@ def _reference(recipe: Recipe) -> str:
         return "the base model"
     sft = recipe.sft
     shown = "the chosen answers"
-    if sft.made_demonstrations is not None:
+    if sft.made_scenes is not None:
+        shown = f"{sft.made_scenes:,} self-made captioned scenes"
+    elif sft.made_demonstrations is not None:
         shown = f"{sft.made_demonstrations:,} self-made demonstrations"
     elif sft.demonstrations is not None:
         shown = sft.demonstrations

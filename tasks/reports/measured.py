@@ -279,6 +279,7 @@ def samples_section(samples: Sequence[Sample], label: Label) -> Section:
             update={
                 "completions": {label(name): text for name, text in sample.completions.items()},
                 "rewards": {label(name): value for name, value in sample.rewards.items()},
+                "images": {label(name): files for name, files in sample.images.items()},
             }
         )
         for sample in samples[:MAX_SAMPLES]

@@ -124,6 +124,8 @@ class Sample(Config):
     """The prompt's messages; empty if it is plain text."""
     chosen: str = ""
     """The data's own chosen or desirable answer; empty if the data have none."""
+    images: dict[str, list[str]] = Field(default_factory=dict, exclude_if=lambda images: not images)
+    """PNG files in base64, of a model of images; the completions are their codes."""
 
 
 class PolicyTable(Config):

@@ -160,7 +160,7 @@ def _evaluate(
             if facts["accuracy_by_source"]
         },
         policies=table,
-        samples=_side_by_side(samples, texts, config.shown),
+        samples=_side_by_side(samples, texts, config.shown, result["images"]),
         gain_over_champion=_gain_over_champion(samples, seed),
         win_rates=_win_rates(samples, texts, reward_name, seed),
     )
@@ -236,8 +236,13 @@ def _gain_over_champion(samples: dict[str, Any], seed: int) -> dict[str, Estimat
     }
 
 
-def _side_by_side(samples: dict[str, PolicySamples], prompts: Sequence[str], shown: int) -> list[Sample]:
-    """The first sample of each policy for the first prompts."""
+def _side_by_side(
+    samples: dict[str, PolicySamples],
+    prompts: Sequence[str],
+    shown: int,
+    images: Sequence[dict[str, list[str]]],
+) -> list[Sample]:
+    """The first sample of each policy for the first prompts; of images all samples."""
     table = []
     for index in range(min(shown, len(prompts))):
         texts, rewards = {}, {}
@@ -245,7 +250,8 @@ def _side_by_side(samples: dict[str, PolicySamples], prompts: Sequence[str], sho
             first = drawn.prompt_index.index(index)
             texts[name] = drawn.texts[first]
             rewards[name] = drawn.rewards[first]
-        table.append(Sample(prompt=readable(prompts[index]), completions=texts, rewards=rewards))
+        sample = Sample(prompt=readable(prompts[index]), completions=texts, rewards=rewards)
+        table.append(sample.model_copy(update={"images": images[index]}) if images else sample)
     return table
 
 

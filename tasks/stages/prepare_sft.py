@@ -4,14 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dpo_core.data.demo.reviews import review_demonstrations
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.image_codes import text_of
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.estimates import estimate
 from dpo_core.estimates.by_method import estimate_training
+from dpo_core.images.prompts import captioned_scenes
+from dpo_core.images.scenes import draw, encode
 from dpo_core.methods.sft import METHOD, SftConfig
 from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
@@ -25,7 +29,7 @@ from tasks.store.manifest import Manifest
 
 def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     config, recipe = run.recipe.sft, run.recipe
-    if config.made_demonstrations is None and config.demonstrations is None:
+    if config.reads_answers:
         rows = chosen_answers(run.gated, run.kind)
     else:
         rows = demonstrations(config, None, recipe.seed)[0]()
@@ -78,6 +82,9 @@ def demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple
         count = config.made_demonstrations
         reviews = review_demonstrations(count, seed)
         return lambda: [_demonstration(i, p, c) for i, (p, c) in enumerate(reviews)], f"made:{count}"
+    if config.made_scenes is not None:
+        scenes = config.made_scenes
+        return lambda: scene_demonstrations(scenes, seed), f"scenes:{scenes}"
     if config.demonstrations is not None:
         path = config.demonstrations
         place = check_demonstrations(path)
@@ -97,6 +104,16 @@ def chosen_answers(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, An
     frame = frame.drop_duplicates(["prompt", "completion"])
     columns = ["id", "prompt", "chat", "completion", "ended", "tools", "answer_chat"]
     return frame[[name for name in columns if name in frame]].to_dict("records")
+
+
+def scene_demonstrations(count: int, seed: int) -> list[dict[str, Any]]:
+    """Captioned scenes; a tenth have no caption, so that the model also knows images without a prompt."""
+    captions, scenes = zip(*captioned_scenes(count, seed, wrong=0.35), strict=True)
+    images = encode(np.stack([draw(things) for things in scenes]))
+    return [
+        _demonstration(i, "" if i % 10 == 9 else record.prompt, text_of(codes))
+        for i, (record, codes) in enumerate(zip(captions, images.tolist(), strict=True))
+    ]
 
 
 def check_demonstrations(path: str) -> Path:

@@ -58,6 +58,8 @@ class PromptFields(NamedTuple):
     tools: str = ""
     source: str = ""
     fault: str = ""
+    metadata: str = ""
+    """What a reward of images reads beside the prompt, as JSON; "" for none."""
 
 
 Record = PairFields | Unpaired | PromptFields

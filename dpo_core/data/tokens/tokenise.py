@@ -17,6 +17,7 @@ from dpo_core.data.tokens.chat_format import ChatFormat
 from dpo_core.data.tokens.chat_template import ChatTemplate, Message, TemplateError, source_of
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.encoding import TextCodec, encode_parts
+from dpo_core.data.tokens.image_codes import image_codes, text_of
 from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.data.tokens.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
@@ -39,6 +40,8 @@ class Tokenise:
         self.config = config
         self.eos: int = tokenizer.eos_token_id
         self.codec = TextCodec(tokenizer)
+        self.images = image_codes(tokenizer)
+        """Of a model whose completions are images."""
         day = config.date or datetime.date.today()
         variables = {**tokenizer.special_tokens_map, **config.template_arguments}
         self._formats = {
@@ -63,6 +66,11 @@ class Tokenise:
         turns = self._turns(text, chat)
         if turns is None:
             ids = self.codec.begin + self.codec.encode(text)
+            if self.images and self.tokenizer.unk_token_id in ids:
+                raise TemplateError(
+                    f"the prompt {text!r} has words that the model does not know",
+                    "Use prompts of the words that it was trained on",
+                )
             return tuple(ids if budget is None else _keep_end(ids, budget, len(self.codec.begin)))
         listed = json.loads(tools) if tools else None
         if budget is not None:
@@ -165,6 +173,8 @@ class Tokenise:
         self, turns: list[Message] | None, answer: list[Message], tools: list[Any] | None, ended: bool
     ) -> tuple[Ids, Completion]:
         """The ids of the prompt (empty for plain text) and of the answer."""
+        if self.images and not tools and len(answer) == 1:
+            return (), (self.images.ids(answer[0].get("content") or ""), None)
         if turns is not None and self.config.template in ("auto", "chat"):
             form = self.chat_format(tools)
             every = self.config.learn == "all_turns"
@@ -213,6 +223,8 @@ class Tokenise:
         if not parts[0][0]:
             return "empty_prompt"
         made = [self.sequence(prompt, *completion) for prompt, completion in parts]
+        if self.images and any(sequence and sequence.truncated for sequence in made):
+            return "image_does_not_fit"
         sequences = [sequence for sequence in made if sequence is not None]
         return sequences if len(sequences) == len(made) else "empty_completion"
 
@@ -334,6 +346,8 @@ class Tokenise:
                 conversation.
         """
         ids = list(completion)
+        if self.images:
+            return text_of(ids)
         end = next((at for at, token in enumerate(ids) if token in self.stop_ids), len(ids))
         ids = ids[:end]
         if not self.writes_template or not self._is_opened(prompt):

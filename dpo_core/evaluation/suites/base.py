@@ -34,5 +34,7 @@ class Suite:
     """Further files that it reads: parts of the data set, questions for few-shot examples."""
     check: Callable[[SuiteConfig], None] = lambda config: None
     """Raises early what running it would raise: a missing package or permission."""
+    packaged: Path | None = None
+    """Its data file, if this package brings it; `files` is not searched then."""
     version: int = 1
     """Raise it when the measures change: results of different versions are not compared."""

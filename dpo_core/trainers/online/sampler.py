@@ -20,7 +20,7 @@ from dpo_core.errors import NeedsNewSettings, StageFailed
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.generation.generate import sample
 from dpo_core.methods.job import Job
-from dpo_core.rewards.model import Scorer, scorer, scoring_flops_of
+from dpo_core.rewards.model import Scorer, metadata_of, scorer, scoring_flops_of
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.training.batches import Order
 from dpo_core.training.engine import Engine
@@ -71,8 +71,12 @@ def rollout_context(job: Job, tokenise: Tokenise, precision: str) -> RolloutCont
         prompts=prompts,
         sampling=job.sampling,
         eos_id=tokenise.stop_ids,
-        scorer=scorer(job.reward_source, tokenise, precision),
-        gold=scorer(job.gold_source, tokenise, precision) if job.gold_source else None,
+        scorer=scorer(job.reward_source, tokenise, precision, metadata=metadata_of(rows)),
+        gold=(
+            scorer(job.gold_source, tokenise, precision, metadata=metadata_of(rows))
+            if job.gold_source
+            else None
+        ),
         scoring_flops=scoring_flops_of(job.reward_source),
         seed=job.seed,
         work=Path(job.work),

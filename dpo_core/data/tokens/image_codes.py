@@ -1,0 +1,53 @@
+"""Images as tokens: an image is a completion of a fixed number of codes, the first ids of the vocabulary.
+
+Models of images name this in their config and tokenizer, as `image_codes`. The canonical text of an image is
+its codes as numbers with spaces between: "0 17 17 3 …".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_core.data.tokens.chat_template import TemplateError
+
+
+@dataclass(frozen=True)
+class ImageCodes:
+    """The images that a model makes."""
+
+    count: int
+    """Codes: the ids 0 to count - 1, to which the distribution of the next token is restricted."""
+    length: int
+    """Codes of an image, which has no end token."""
+    codec: str
+    """The world or the decoder that turns codes into pixels; see `dpo_core.images.codec`."""
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """The codes of an image's canonical text.
+
+        Raises:
+            TemplateError: it is not an image of this model.
+        """
+        words = text.split()
+        if len(words) != self.length or not all(w.isdecimal() and int(w) < self.count for w in words):
+            raise TemplateError(
+                f"{text[:40]!r} is not an image of the model: {self.length} numbers below {self.count}",
+                "Encode the image with the model's own codes",
+            )
+        return tuple(map(int, words))
+
+    def null_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """The prompt that says nothing, for guidance: the token that begins a prompt."""
+        return tuple(prompt[:1])
+
+
+def image_codes(holder: Any) -> ImageCodes | None:
+    """The images of a model, by its config or its tokenizer; None for a model of text."""
+    facts = getattr(holder, "init_kwargs", holder)
+    found = facts.get("image_codes") if isinstance(facts, dict) else getattr(facts, "image_codes", None)
+    return ImageCodes(**found) if found else None
+
+
+def text_of(ids: Sequence[int]) -> str:
+    """The canonical text of an image."""
+    return " ".join(map(str, ids))
