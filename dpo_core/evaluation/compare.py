@@ -211,6 +211,14 @@ def _corrected(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     ]
 
 
+def worse_categories(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    """Of rows of subsets, those that are significantly worse after Holm's correction over all of them."""
+    tested = [row for row in rows if row.subset and row.better != "neither"]
+    corrected = holm([row.p for row in tested])
+    named = [row.model_copy(update={"p_holm": p}) for row, p in zip(tested, corrected, strict=True)]
+    return [row for row in named if _finding(row, row.p_holm or 0.0) == "worse"]
+
+
 def _finding(row: ComparisonRow, p: float) -> Finding:
     if p > LEVEL or row.difference.value == 0:
         return "undecided"

@@ -125,5 +125,7 @@ class PromotionConfig(Config):
     """Refuse if one measure of a suite is significantly worse."""
     safety: tuple[str, ...] = ("xstest", "advbench")
     """Suites whose regressions always refuse, even without `no_regression`."""
+    categories: tuple[str, ...] = Field((), exclude_if=lambda suites: not suites)
+    """Suites of which no category may be significantly worse: a mean can rise while a part of it falls."""
     required: tuple[str, ...] = ()
     """Suites that the comparison must include."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.compare import Comparison, ComparisonRow
+from dpo_core.evaluation.compare import Comparison, ComparisonRow, worse_categories
 from dpo_core.evaluation.config import GAIN, PromotionConfig
 from dpo_core.statistics.estimates import Estimate
 from dpo_core.statistics.format import interval
@@ -156,7 +156,24 @@ def _suite_reasons(config: PromotionConfig, champion: str, comparison: Compariso
         reasons.append(_regression_reason("no_regression", others, champion, "measures of suites"))
     if safety:
         reasons.append(_regression_reason("safety", safety, champion, "measures of safety"))
+    if config.categories:
+        parts = [row for row in comparison.rows if row.suite in config.categories] if comparison else []
+        reasons.append(_category_reason(config.categories, parts, champion))
     return reasons
+
+
+def _category_reason(suites: Sequence[str], rows: Sequence[ComparisonRow], champion: str) -> Reason:
+    categories = {(row.suite, row.subset) for row in rows if row.subset}
+    missing = [suite for suite in suites if suite not in {suite for suite, _ in categories}]
+    if missing:
+        text = f"no categories of {', '.join(missing)} were compared with {champion}'s"
+        return _reason("categories", False, f"{text}. Add them to suites.names")
+    worse = worse_categories(rows)
+    if not worse:
+        count = f"none of {len(categories)} categories of {', '.join(suites)}"
+        return _reason("categories", True, f"{count} is significantly worse than {champion}'s")
+    details = "; ".join(f"{row.subset}, {_regression(row)}" for row in worse)
+    return _reason("categories", False, f"categories significantly worse than {champion}'s: {details}")
 
 
 def _regression_reason(rule: str, rows: Sequence[ComparisonRow], champion: str, measures: str) -> Reason:

@@ -45,6 +45,8 @@ class MeasureSpec(Config):
     kind: Kind = "share"
     """share: every value is in [0, 1]; mean: any number."""
     unit: str = ""
+    by_subset: bool = Field(True, exclude_if=lambda by_subset: by_subset)
+    """Whether it is also measured on each subset."""
 
 
 class Measure(MeasureSpec):
@@ -110,7 +112,11 @@ def compute_measures(
     if len(subsets) > 1:
         for subset in subsets:
             own = [item for item in items if item.subset == subset]
-            measures += [m for spec in listed if (m := _measure(own, spec, subset, seed, set(without)))]
+            measures += [
+                m
+                for spec in listed
+                if spec.by_subset and (m := _measure(own, spec, subset, seed, set(without)))
+            ]
     return measures
 
 

@@ -24,7 +24,9 @@ from dpo_core.images.scenes import clutter, detect
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import ModelUnderTest
 
-SCORE = MeasureSpec(name="score", label="correct images, mean over the categories", kind="mean")
+SCORE = MeasureSpec(
+    name="score", label="correct images, mean over the categories", kind="mean", by_subset=False
+)
 CORRECT = MeasureSpec(name="correct", label="correct images")
 CLUTTER = MeasureSpec(name="clutter", label="painted pixels outside of objects", better="neither")
 

@@ -178,3 +178,32 @@ def test_rules_that_failed_come_first() -> None:
     decision = judged(gate_passed=False, kl=None)
     assert [reason.passed for reason in decision.reasons] == [False, False, True, True, True, True]
     assert [reason.rule for reason in decision.reasons][:2] == ["max_kl", "data_gate"]
+
+
+def test_no_category_may_fall_where_that_is_asked_whatever_the_mean() -> None:
+    def of(model: str, right: dict[str, int]) -> Comparison | Any:
+        items = [
+            item.model_copy(
+                update={"id": f"{subset}-{item.id}", "cluster": f"{subset}-{item.id}", "subset": subset}
+            )
+            for subset, count in right.items()
+            for item in items_of([1] * count + [0] * (60 - count))
+        ]
+        return [result_of(model, items)]
+
+    risen = compare(of("new", {"color": 60, "count": 15}), of("old", {"color": 20, "count": 40}))
+    assert risen.rows[0].difference.value > 0
+    suite = risen.rows[0].suite
+    assert judged(comparison=risen).promote
+    strict = PromotionConfig(max_kl=5, categories=(suite,))
+    failed = failures(judged(strict, comparison=risen))
+    assert set(failed) == {"categories"}
+    assert failed["categories"].startswith(
+        f"categories significantly worse than champion v3's: count, {suite} "
+    )
+    even = compare(of("new", {"color": 60, "count": 38}), of("old", {"color": 20, "count": 40}))
+    assert judged(strict, comparison=even).promote
+    absent = PromotionConfig(max_kl=5, categories=("scenes",))
+    assert failures(judged(absent)) == {
+        "categories": "no categories of scenes were compared with champion v3's. Add them to suites.names"
+    }
