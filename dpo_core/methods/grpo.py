@@ -78,6 +78,10 @@ class GrpoConfig(RoundsConfig):
     """DAPO's soft overlong penalty: the reward falls by 1 over the last tokens before max_new_tokens, this
     many."""
 
+    score: Literal["conditional", "guided"] | None = Field(None, exclude_if=lambda score: score is None)
+    """Where images are sampled with guidance: learn from the log-probs of the policy alone, which is then off
+    its own policy, or of the guided distribution, through both of its parts."""
+
     @property
     def completions_per_prompt(self) -> int:
         return self.group_size

@@ -41,6 +41,7 @@ ROUNDS = (
     Panel("Approximate KL of an update", "nats", (("policy/approxkl_avg", "KL"),), 0.0),
     Panel("Reward", "reward", (("reward", "reward"),)),
     Panel("KL to the reference", "nats", (("kl", "KL"),), 0.0),
+    Panel("KL of guided sampling", "nats a token", (("sampling/guided_kl", "KL(guided‖policy)"),), 0.0),
     Panel("Completion length", "tokens", (("completions/mean_length", "length"),)),
     GRADIENT,
 )

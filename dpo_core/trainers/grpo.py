@@ -21,6 +21,7 @@ from dpo_core.trainers.online.loop import OnlineTrainer
 from dpo_core.trainers.online.rollouts import (
     EpisodeItem,
     Rollout,
+    guided_logps,
     leading_mask,
     padded,
     response_logps,
@@ -47,6 +48,10 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: GrpoConfig) -> None:
         self.config, self.rules = config, config.rules
         super().__init__(policy, reference, context, config)
+
+    @property
+    def guidance(self) -> float:
+        return self.context.sampling.guidance if self.config.score == "guided" else 1.0
 
     def prepare(self, rollouts: list[Rollout]) -> list[GrpoItem]:
         """Advantages of the round, each relative to its group."""
@@ -108,7 +113,16 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
         rules = self.rules
         rows = rows_of([item.episode for item in micro], self.engine.device)
         with autocast(self.config.engine.precision, self.engine.device):
-            _, logps_BR = response_logps(self.module, rows, self.temperature)
+            if self.guidance == 1:
+                _, logps_BR = response_logps(self.module, rows, self.temperature)
+            else:
+                logps_BR, _ = guided_logps(
+                    self.module,
+                    [item.episode for item in micro],
+                    self.guidance,
+                    temperature=self.temperature,
+                    device=self.engine.device,
+                )
         learnt_B = torch.tensor([item.learnt for item in micro], device=self.engine.device)
         mask_BR = leading_mask(rows.lengths_S) & learnt_B[:, None]
         advantages_B = torch.stack([item.advantage for item in micro])

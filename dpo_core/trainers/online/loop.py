@@ -152,6 +152,11 @@ class OnlineTrainer(StepTrainer, Generic[Item]):
         """Temperature of the log-probs that are learnt from: that of sampling."""
         return self.context.sampling.temperature
 
+    @property
+    def guidance(self) -> float:
+        """Guidance of the log-probs that are learnt from; 1: those of the policy itself."""
+        return 1.0
+
     def method_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
         """The method's own metrics of a round, before its updates."""
         return {}
@@ -224,6 +229,7 @@ class OnlineTrainer(StepTrainer, Generic[Item]):
                 temperature=self.temperature,
                 precision=self.rounds.engine.precision,
                 device=self.engine.device,
+                guidance=self.guidance,
             )
             for micro in micros
         ]
@@ -269,6 +275,13 @@ class OnlineTrainer(StepTrainer, Generic[Item]):
             "completions/mean_length": lengths_B,
             "val/num_eos_tokens": over(lambda r: r.of("ended")),
         }
+        if self.context.sampling.guidance != 1:
+            sums["sampling/guided_kl"] = over(
+                # Of the sampler's own tokens: an unbiased estimate of KL(guided‖conditional).
+                lambda r: (
+                    r.sampler_logps_BR - (r.logps_BR if r.conditional_BR is None else r.conditional_BR)
+                ).mean(1)
+            )
         if self.context.gold:
             sums["objective/gold_scores"] = over(lambda r: r.of("gold"))
         tokens, gap, ratio, *totals = self.engine.all_sum(

@@ -4,15 +4,17 @@ Shapes: B episodes of a micro-batch, R response tokens of the longest.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dpo_core.data.tokens.image_codes import image_codes
 from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.scoring import lm_head
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import hidden_of, token_scores
 from dpo_core.scoring.document import Document
@@ -82,6 +84,8 @@ class Rollout:
     logps_BR: Tensor
     ref_logps_BR: Tensor
     sampler_logps_BR: Tensor
+    conditional_BR: Tensor | None = None
+    """The policy's log-probs without guidance, where `logps_BR` has it."""
 
     @property
     def lengths_B(self) -> Tensor:
@@ -101,6 +105,37 @@ def response_logps(model: nn.Module, rows: PaddedRows, temperature: float) -> tu
     return hidden_NH, rows.table(logps_N)
 
 
+def guided_logps(
+    model: nn.Module,
+    episodes: Sequence[Episode],
+    guidance: float,
+    *,
+    temperature: float,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (B,R) of images in the guided distribution, and in the model's own.
+
+    The guided logits are ℓ_u + w(ℓ_c - ℓ_u) of the prompt (c) and of one that says nothing (u), as in
+    sampling; gradients flow through both.
+    """
+    images = image_codes(model.config)
+    assert images, "text has no guidance"
+    silent = [
+        replace(e, sequence=replace(e.sequence, prompt=images.null_prompt(e.sequence.prompt)))
+        for e in episodes
+    ]
+    given, without = (rows_of(part, device) for part in (episodes, silent))
+    given_NV, without_NV = (
+        lm_head.logits(model, hidden_of(model, rows)[rows.predicts_N]) for rows in (given, without)
+    )
+    guided_NV = without_NV + guidance * (given_NV - without_NV)
+    guided_BR, own_BR = (
+        given.table(torch.log_softmax(logits_NV / temperature, -1).gather(-1, given.targets_N[:, None])[:, 0])
+        for logits_NV in (guided_NV, given_NV)
+    )
+    return guided_BR, own_BR.detach()
+
+
 @torch.no_grad()
 def make_rollout(
     episodes: list[Episode],
@@ -110,18 +145,29 @@ def make_rollout(
     temperature: float,
     precision: Precision,
     device: torch.device,
+    guidance: float = 1.0,
 ) -> Rollout:
     """The rollout of one micro-batch: its log-probs under policy and reference.
+
+    Args:
+        guidance: of the distributions whose log-probs are learnt from.
 
     The first pass of training has the same rows in a micro-batch, so that its ratio is exactly 1.
     """
     rows = rows_of(episodes, device)
     mask_BR = leading_mask(rows.lengths_S)
+    conditional_BR = None
     with autocast(precision, device):
-        _, logps_BR = response_logps(policy, rows, temperature)
-        _, ref_logps_BR = response_logps(reference, rows, temperature)
+        if guidance == 1:
+            _, logps_BR = response_logps(policy, rows, temperature)
+            _, ref_logps_BR = response_logps(reference, rows, temperature)
+        else:
+            how: dict[str, Any] = {"temperature": temperature, "device": device}
+            logps_BR, conditional_BR = guided_logps(policy, episodes, guidance, **how)
+            ref_logps_BR, _ = guided_logps(reference, episodes, guidance, **how)
     sampler_N = torch.tensor([x for e in episodes for x in e.sampler_logps], device=device)
-    return Rollout(episodes, rows, mask_BR, logps_BR, ref_logps_BR, rows.table(sampler_N))
+    sampler_BR = rows.table(sampler_N)
+    return Rollout(episodes, rows, mask_BR, logps_BR, ref_logps_BR, sampler_BR, conditional_BR)
 
 
 def rows_of(episodes: Sequence[Episode], device: torch.device) -> PaddedRows:

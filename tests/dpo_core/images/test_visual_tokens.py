@@ -20,39 +20,25 @@ from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.generate import sample
 from dpo_core.generation.next_token import WholeRows, open_rows
 from dpo_core.images.prompts import PROMPT_FILES, TAGS, records, words
-from dpo_core.images.records import read_record
+from dpo_core.images.records import Thing, read_record
 from dpo_core.images.rewards import SceneReward
-from dpo_core.images.scenes import CELLS, codes, draw, encode
-from dpo_core.models.config import ModelConfig, ScratchConfig
-from dpo_core.models.load import convert, load_model, load_tokenizer
+from dpo_core.images.scenes import CELLS, box_at, codes, draw, encode
+from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.scoring.completion_scores import completion_scores
 
-NAME = "package:dpo_core.images.scenes_model"
 FOLDER = Path(__file__).parents[3] / "dpo_core" / "images" / "scenes_model"
 TOKENS = TokenConfig(max_length=88, max_prompt_length=24)
 SAMPLING = SamplingConfig(max_new_tokens=64, precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("scenes") / "model"
-    convert(ModelConfig(name=NAME, scratch=ScratchConfig(layers=1, hidden_size=16, heads=2)), out)
-    return out
+def model(scenes_model: Path) -> torch.nn.Module:
+    return load_model(scenes_model).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> torch.nn.Module:
-    """With large random weights: its distributions are far from uniform, and words would be likely."""
-    model = load_model(folder)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenise(folder: Path) -> Tokenise:
-    return Tokenise(load_tokenizer(folder), TOKENS)
+def tokenise(scenes_model: Path) -> Tokenise:
+    return Tokenise(load_tokenizer(scenes_model), TOKENS)
 
 
 def test_the_packaged_model_and_prompts_are_those_of_the_world() -> None:
@@ -133,9 +119,7 @@ def test_guided_samples_have_the_guided_log_probs(
     (drawn,) = sample(model, [prompt], config, eos_id=tokenise.stop_ids, seed=1)
     for place in (0, 1, 30, 63):
         so_far = drawn.ids[:place]
-        given, without = (
-            WholeRows(model, [start + so_far]).logits()[0].detach() for start in (prompt, prompt[:1])
-        )
+        given, without = (WholeRows(model, [start + so_far]).logits()[0] for start in (prompt, prompt[:1]))
         logps = torch.log_softmax(without + guidance * (given - without), -1)
         assert float(logps[drawn.ids[place]]) == pytest.approx(drawn.logps[place], abs=1e-4)
 
@@ -152,9 +136,6 @@ def test_rewards_see_what_their_names_say() -> None:
     record = next(r for r in records("comp", 1, 0) if r.tag == "spatial")
     second, first = (w.name for w in record.include)
     relation = record.include[1].position[0]  # type: ignore[index]
-    from dpo_core.images.records import Thing
-    from dpo_core.images.scenes import box_at
-
     corners = {"left of": ((0, 4), (10, 4)), "above": ((4, 0), (4, 10))}
     swap = relation in ("right of", "below")
     one, two = corners["left of" if relation in ("left of", "right of") else "above"]
@@ -169,11 +150,11 @@ def test_rewards_see_what_their_names_say() -> None:
     assert values == {"exact": [1, 2 / 3, 1 / 3], "binary": [1, 0, 0], "words": [1, 1, 1 / 2]}
 
 
-def test_the_suites_score_is_the_mean_of_the_categories(folder: Path) -> None:
+def test_the_suites_score_is_the_mean_of_the_categories(scenes_model: Path) -> None:
     suite = find("scenes_gen")
     assert suite.packaged is not None
     config = SuiteConfig(sampling=SAMPLING, limit=30, precision="fp32")
-    subject = ModelUnderTest(folder, "tiny", TOKENS)
+    subject = ModelUnderTest(scenes_model, "tiny", TOKENS)
     outcome = suite.run(subject, suite.read(suite.packaged), config)
     tags: dict[str, list[float]] = {}
     for item in outcome.items:
