@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_core.errors import RecipeError
+from dpo_core.data.tokens.image_codes import image_codes
+from dpo_core.errors import NeedsNewSettings, RecipeError
 from dpo_core.methods.rounds import RoundsConfig
 from dpo_core.models.dropout import set_training
 from dpo_core.scoring import flops as cost
@@ -54,6 +55,11 @@ class OnlineTrainer(StepTrainer, Generic[Item]):
         self.rounds, self.context, self.total_steps = config, context, config.iterations
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
+        if image_codes(policy.config) and (rules := config.length_rules):
+            raise NeedsNewSettings(
+                f"{rules[0]} has no effect on images, which all have one length and no end",
+                f"Remove {rules[0]}",
+            )
         if router_balance(policy) is not None:
             log.warning(
                 "training on own samples leaves out the router's auxiliary loss of the model's config"
