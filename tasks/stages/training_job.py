@@ -49,11 +49,12 @@ def write_split(
     """Write the rows of `split_rows` to a file for the job; returns their number.
 
     Args:
-        distinct: columns to keep, with duplicate rows removed.
+        distinct: columns to keep, beside what the data say of images, with duplicate rows removed.
     """
     frame = split_rows(data, split, limit=limit, seed=seed)
     if distinct:
-        frame = frame.drop_duplicates(distinct)[distinct]
+        kept = [*distinct, *(["metadata"] if "metadata" in frame else [])]
+        frame = frame.drop_duplicates(distinct)[kept]
     frame.to_parquet(path, index=False)
     return len(frame)
 
