@@ -78,9 +78,11 @@ class GrpoConfig(RoundsConfig):
     """DAPO's soft overlong penalty: the reward falls by 1 over the last tokens before max_new_tokens, this
     many."""
 
+    guidance: float = Field(1.0, ge=0, exclude_if=lambda weight: weight == 1)
+    """Of a model of images: the guidance of its samples; see `sampling.guidance`. Needs `score`."""
     score: Literal["conditional", "guided"] | None = Field(None, exclude_if=lambda score: score is None)
-    """Where images are sampled with guidance: learn from the log-probs of the policy alone, which is then off
-    its own policy, or of the guided distribution, through both of its parts."""
+    """With guidance, what is learnt from: the log-probs of the policy alone, from which the samples were then
+    not drawn, or those of the guided distribution, through both of its parts."""
 
     @property
     def completions_per_prompt(self) -> int:
@@ -107,6 +109,13 @@ class GrpoConfig(RoundsConfig):
             )
         if self.rules.level != "token" and self.rules.aggregate != "sequence":
             raise ValueError(f"level {self.rules.level} needs aggregate sequence: a response has one ratio")
+        if self.guidance != 1 and self.score is None:
+            raise ValueError(
+                "guidance needs score: guided learns from the distribution that is sampled, conditional from "
+                "the policy's own, from which the samples are then not drawn"
+            )
+        if self.guidance == 1 and self.score is not None:
+            raise ValueError("score has no effect, because guidance is 1. Remove it")
         return self
 
 

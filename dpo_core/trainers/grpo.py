@@ -4,7 +4,7 @@ The arithmetic is in `grpo_math`, the loop in `loop`. Shapes: B episodes, R resp
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
 
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: GrpoConfig) -> None:
         self.config, self.rules = config, config.rules
+        sampling = context.sampling.model_copy(update={"guidance": config.guidance})
+        context = replace(context, sampling=sampling)
         super().__init__(policy, reference, context, config)
 
     @property
     def guidance(self) -> float:
-        return self.context.sampling.guidance if self.config.score == "guided" else 1.0
+        return self.config.guidance if self.config.score == "guided" else 1.0
 
     def prepare(self, rollouts: list[Rollout]) -> list[GrpoItem]:
         """Advantages of the round, each relative to its group."""

@@ -133,23 +133,11 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_images(self) -> "Recipe":
-        guidance = self.pairs.sampling.guidance
-        for name, policy in self.policies.items():
-            scored = getattr(policy, "score", None)
-            if guidance == 1 and scored is not None:
-                raise ValueError(
-                    f"policies.{name}.score has no effect, because pairs.sampling.guidance is 1. Remove it"
-                )
-            if guidance != 1 and policy.method == "ppo":
-                raise ValueError(
-                    f"policies.{name} learns from its own samples, and with pairs.sampling.guidance they are "
-                    "those of another distribution. Use grpo, or remove guidance"
-                )
-            if guidance != 1 and scored is None and policy.method == "grpo":
-                raise ValueError(
-                    f"images are sampled with guidance {guidance:g}: set policies.{name}.score to guided, to "
-                    "learn from the distribution that is sampled, or to conditional, which is off policy"
-                )
+        if self.evaluate.sampling.guidance != 1:
+            raise ValueError(
+                "evaluate.sampling.guidance would measure the KL of another distribution than the policy's. "
+                "Set it in suites.settings.sampling, whose images are only judged, and remove it here"
+            )
         if self.data.scenes is None:
             return self
         for name, policy in self.policies.items():

@@ -13,20 +13,20 @@ def low_codes(prompts, images, metadata):
     assert all('"include"' in text for text in metadata)
     return [float(sum(int(code) < 60 for code in image.split())) for image in images]
 """
-SAMPLING = {"max_new_tokens": 64, "precision": "fp32", "guidance": 3.0}
+SAMPLING = {"max_new_tokens": 64, "precision": "fp32"}
 
 
 def grpo(work: Path, model: Path, score: str) -> list[dict[str, float]]:
     work.mkdir()
     (work / "reward.py").write_text(REWARD)
     prompts = [{"prompt": r.prompt, "chat": False, "metadata": r.to_json()} for r in records("comp", 1, 0)]
-    settings = {"iterations": 1, "episodes": 8, "group_size": 4, "micro_batch_size": 8, "score": score}
+    settings = {"iterations": 1, "episodes": 8, "group_size": 4, "micro_batch_size": 8, "guidance": 3.0}
     job = write_job(
         work,
         "grpo",
         model,
         prompts,
-        settings=settings | {"engine": {"precision": "fp32", "threads": 1}},
+        settings=settings | {"score": score} | {"engine": {"precision": "fp32", "threads": 1}},
         reference=str(model),
         sampling=SAMPLING,
         reward_source=f"{work / 'reward.py'}:low_codes",
