@@ -154,7 +154,8 @@ def _fields(config: BaseModel, indent: str) -> str:
                     _nested(_key(key), part, indent + "  "),
                 ]
         else:
-            lines.append(_line(name, plain[name], indent))
+            # A field that was added later is left out of the dump at its default, for the keys of stages.
+            lines.append(_line(name, plain.get(name, value), indent))
     return "\n".join(lines) + "\n"
 
 
