@@ -29,13 +29,16 @@ from tasks.store.manifest import Manifest
 
 def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     config, recipe = run.recipe.sft, run.recipe
+    count = config.made_scenes
     if config.reads_answers:
         rows = chosen_answers(run.gated, run.kind)
+    elif count is not None:  # more than a plan should make
+        rows = scene_demonstrations(min(count, SAMPLED_ROWS), recipe.seed)
     else:
         rows = demonstrations(config, None, recipe.seed)[0]()
     sequences = [run.tokenise.demonstration(row) for row in rows[:SAMPLED_ROWS]]
     documents = [Document.of(s) for s in sequences if not isinstance(s, str)]
-    examples = estimate.Examples(documents, len(rows))
+    examples = estimate.Examples(documents, count or len(rows))
     inputs = replace(run.inputs(), examples=lambda data, limit=None: examples)
     return estimate_training(METHOD.name, config, inputs)
 
