@@ -5,6 +5,7 @@ from typing import Any
 
 from dpo_core.estimates.estimate import EstimatedWork, Examples, Inputs, loop, rounds, with_forward_pass
 from dpo_core.methods.diffusion import DiffusionConfig
+from dpo_core.methods.diffusion_sft import DiffusionSftConfig
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.methods.online_dpo import OnlineDpoConfig
@@ -23,7 +24,7 @@ def estimate_training(method: str, settings: Any, inputs: Inputs) -> EstimatedWo
     return ESTIMATES[method](settings, inputs)
 
 
-def _diffusion(config: DiffusionConfig, inputs: Inputs) -> EstimatedWork:
+def _diffusion(config: DiffusionConfig | DiffusionSftConfig, inputs: Inputs) -> EstimatedWork:
     return EstimatedWork(
         precision=config.engine.precision,
         engine=config.engine,
@@ -66,6 +67,7 @@ def _sft(config: SftConfig, inputs: Inputs) -> EstimatedWork:
 
 ESTIMATES: dict[str, Callable[[Any, Inputs], EstimatedWork]] = {
     "diffusion": _diffusion,
+    "diffusion_sft": _diffusion,
     "dpo": _dpo,
     "grpo": rounds,
     "kto": _kto,

@@ -92,6 +92,18 @@ def detect(images_N: Pixels, threshold: float = STRICT) -> list[list[Thing]]:
         images_N: (N, 16, 16, 3).
         threshold: the lowest fit of an object.
     """
+    fit_NWK = _fits(images_N)
+    best_NW, kind_NW = fit_NWK.max(-1), fit_NWK.argmax(-1)
+    return [_best_places(best_NW[n], kind_NW[n], threshold) for n in range(len(images_N))]
+
+
+def best_fits(images_N: Pixels) -> NDArray[np.float32]:
+    """(N, K) the fit of each kind of object at its best place."""
+    return _fits(images_N).max(1)
+
+
+def _fits(images_N: Pixels) -> NDArray[np.float32]:
+    """(N, W, K) the fit of each kind of object at each place."""
     windows_NWP = np.stack(
         [images_N[:, y : y + SIZE, x : x + SIZE].reshape(len(images_N), -1) for x, y in PLACES], axis=1
     ).astype(np.float32)
@@ -99,9 +111,8 @@ def detect(images_N: Pixels, threshold: float = STRICT) -> list[list[Thing]]:
     squares_NWK = (
         (windows_NWP**2).sum(-1)[..., None] - 2 * windows_NWP @ kinds_KP.T + (kinds_KP**2).sum(-1)
     ) / kinds_KP.shape[-1]
-    fit_NWK = 1 - np.sqrt(np.maximum(squares_NWK, 0)) / 255
-    best_NW, kind_NW = fit_NWK.max(-1), fit_NWK.argmax(-1)
-    return [_best_places(best_NW[n], kind_NW[n], threshold) for n in range(len(images_N))]
+    fits: NDArray[np.float32] = 1 - np.sqrt(np.maximum(squares_NWK, 0)) / 255
+    return fits
 
 
 def _best_places(fit_W: NDArray[np.float32], kind_W: NDArray[np.int64], threshold: float) -> list[Thing]:

@@ -68,9 +68,21 @@ class Denoiser:
             return math.isqrt(self.latent_shape[0] // 3)
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def on_device(self) -> "Denoiser":
+        """The same, with its parts moved to the GPU if there is one."""
+        if torch.cuda.is_available():
+            for part in (self.network, self.text_encoder, self.vae):
+                if part is not None:
+                    part.to(torch.device("cuda", torch.cuda.current_device()))
+        return self
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) features of prompts, padded and cut to the text encoder's length."""
+        return self.text_features(prompts)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """`encode_prompts` with gradient."""
         device = next(self.text_encoder.parameters()).device
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
@@ -139,14 +151,15 @@ class Denoiser:
         return self.decode(latents)
 
     def save(self, out: Path) -> None:
-        """Write the folder with the network's weights in their former data type, all else as it was."""
-        dtype = most_frequent_dtype(self.folder / self.part)
-        network: Any = self.network.to(dtype) if dtype else self.network
-        shutil.copytree(self.folder, out, ignore=shutil.ignore_patterns(self.part), dirs_exist_ok=True)
-        with quiet_transformers():
-            network.save_pretrained(out / self.part)
-        # With every setting of the start, dropout too, and without the folder that it was read from.
-        shutil.copyfile(self.folder / self.part / "config.json", out / self.part / "config.json")
+        """Write the folder with the weights of network and text encoder in their former data types."""
+        trained: dict[str, Any] = {self.part: self.network, "text_encoder": self.text_encoder}
+        shutil.copytree(self.folder, out, ignore=shutil.ignore_patterns(*trained), dirs_exist_ok=True)
+        for name, part in trained.items():
+            dtype = most_frequent_dtype(self.folder / name)
+            with quiet_transformers():
+                (part.to(dtype) if dtype else part).save_pretrained(out / name)
+            # With every setting of the start, dropout too, and without the folder that it was read from.
+            shutil.copyfile(self.folder / name / "config.json", out / name / "config.json")
 
 
 def load_denoiser(folder: Path) -> Denoiser:

@@ -63,6 +63,12 @@ class ImageExample:
     """Of a single image."""
 
 
+def seeded(*parts: object) -> torch.Generator:
+    """A generator on the CPU for these parts, the same on every rank and machine."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
 @dataclass(frozen=True)
 class Draws:
     """The noises and noise levels of every example, from a seed and its id."""
@@ -73,20 +79,18 @@ class Draws:
 
     def of(self, example: ImageExample, number: int) -> tuple[int, Tensor]:
         """Index of the noise level and the noise (C, H, W) of a draw; both images of a pair share them."""
-        name = f"{self.seed}\0{example.id}\0{number}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(self.seed, example.id, number)
         level = int(torch.randint(self.noise.steps, (), generator=generator))
         return level, torch.randn(example.latents_S[0].shape, generator=generator)
 
     def errors(self, network: nn.Module, batch: Sequence[ImageExample], number: int) -> Tensor:
         """(S,) squared errors of the noise at a draw, summed over each image."""
         device = next(network.parameters()).device
-        drawn = [(self.of(e, number), latents, e.text) for e in batch for latents in e.latents_S]
-        level_S = torch.tensor([level for (level, _), _, _ in drawn])
-        noise_S = torch.stack([noise for (_, noise), _, _ in drawn])
-        latents_S = torch.stack([latents for _, latents, _ in drawn])
-        text_S = torch.stack([text for _, _, text in drawn])
+        drawn = [(len(e.latents_S), *self.of(e, number)) for e in batch]
+        level_S = torch.tensor([level for sides, level, _ in drawn for _ in range(sides)])
+        noise_S = torch.stack([noise for sides, _, noise in drawn for _ in range(sides)])
+        latents_S = torch.stack([latents for e in batch for latents in e.latents_S])
+        text_S = torch.stack([e.text for e in batch for _ in e.latents_S])
         noised_S = self.noise.noised(latents_S, noise_S, level_S)
         steps_S = time_steps(self.noise, level_S)
         predicted_S = predict(network, *(x.to(device) for x in (noised_S, steps_S, text_S)))
@@ -356,15 +360,11 @@ def _by_value(function: Any, values: Sequence[Any]) -> dict[Any, Tensor]:
 
 
 def build(job: Job, config: DiffusionConfig) -> tuple[Any, Export]:
-    denoiser = load_denoiser(Path(job.model))
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    for part in (denoiser.network, denoiser.text_encoder, denoiser.vae):
-        if part is not None:
-            part.to(device)
+    denoiser = load_denoiser(Path(job.model)).on_device()
     examples = encode(denoiser, read_parquet(job.data), config)
     epochs = math.ceil(config.steps(len(examples)) * config.batch_size / max(1, len(examples)))
     draws = Draws(denoiser.noise, min(config.draws, epochs), job.seed)
-    other = load_denoiser(Path(job.reference)).network.to(device) if job.reference else None
+    other = load_denoiser(Path(job.reference)).on_device().network if job.reference else None
     network = denoiser.network
     reference: LogpShard | nn.Module
     if config.reference == "live":

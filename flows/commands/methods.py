@@ -42,7 +42,7 @@ def _text(method: Method, with_settings: bool) -> str:
     use = (
         f"set policies: {{NAME: {{method: {method.name}}}}}"
         if method.policy
-        else "used by the run itself, not by policies"
+        else "not for policies: used by the run itself, or as a job of its own"
     )
     lines = [f"{method.name}  ({', '.join(method.needs(method.settings()))})", f"  {method.title}"]
     lines += [f"  {method.citation}", f"  {use}"]

@@ -1,0 +1,86 @@
+"""The part of the world of scenes that a small diffusion model learns in minutes, and its graded score.
+
+Objects of four shapes and four colours, all solid, one or two in an image; prompts of GenEval's tags without
+counts and places.
+"""
+
+import io
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dpo_core.images.prompts import TAGS, Content, records, scene
+from dpo_core.images.records import Record, Thing
+from dpo_core.images.scenes import Pixels, best_fits, draw, kinds
+from dpo_core.system import digest_text
+
+CONTENT = Content(
+    shapes=("square", "circle", "cross", "triangle"),
+    colors=("red", "green", "blue", "yellow"),
+    textures=("solid",),
+)
+SOLID_TAGS = ("single_object", "two_object", "colors", "color_attr")
+
+
+def words() -> list[str]:
+    """Every word of every prompt, sorted."""
+    return sorted({"a", "photo", "of", "and", *CONTENT.shapes, *CONTENT.colors})
+
+
+def captioned(count: int, seed: int, wrong: float) -> Iterator[tuple[str, Pixels]]:
+    """Captions with images, of which the share `wrong` shows what another caption of the tag says."""
+    rng = random.Random(f"{seed} solid scenes")
+    for _ in range(count):
+        make = TAGS["gen"][rng.choice(SOLID_TAGS)]
+        record = make(rng, CONTENT)
+        shown = make(rng, CONTENT) if rng.random() < wrong else record
+        yield record.prompt, draw(_solid(scene(shown, rng), rng))
+
+
+def prompts(held_out: bool) -> list[Record]:
+    """The prompts to make pairs of, a third of each tag, or the others, to measure on."""
+    every = records("gen", 1000, 0, CONTENT)
+    chosen = []
+    for tag in SOLID_TAGS:
+        own = sorted((r for r in every if r.tag == tag), key=lambda r: digest_text(r.prompt))
+        third = -(-len(own) // 3)
+        chosen += own[third:] if held_out else own[:third]
+    return chosen
+
+
+def graded(asked: Sequence[Record], images_N: Pixels) -> list[float]:
+    """How well each image shows what its record asks for, from 0 to 1: the mean fit of the wanted objects.
+
+    Other than the detector it tells a bad image from a worse one, and it does not see what else is there.
+    """
+    fit_NK = best_fits(images_N)
+    found = []
+    for record, fit_K in zip(asked, fit_NK, strict=True):
+        wanted = [
+            max(
+                float(fit)
+                for fit, (name, color, texture) in zip(fit_K, kinds(), strict=True)
+                if name == w.name and texture == "solid" and color == (w.color or color)
+            )
+            for w in record.include
+        ]
+        found.append(float(np.mean(wanted)))
+    return found
+
+
+def as_png(pixels: Pixels) -> bytes:
+    """A PNG file of an image (H, W, 3)."""
+    from PIL import Image  # noqa: PLC0415 - only runs with images need it
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _solid(things: Sequence[Thing], rng: random.Random) -> list[Thing]:
+    """The objects in solid colours of this part of the world."""
+    return [
+        Thing(t.name, t.color if t.color in CONTENT.colors else rng.choice(CONTENT.colors), "solid", t.box)
+        for t in things
+    ]

@@ -1,0 +1,26 @@
+"""Job that makes captioned images of solid scenes, and a diffusion model with random weights to train."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dpo_core.images.solid import as_png, captioned
+from dpo_core.jobs.files import SceneCaptionsJob
+from dpo_core.models.scene_denoiser import make_scene_denoiser
+from dpo_core.ranks import JobRanks
+
+FILE = SceneCaptionsJob
+
+
+def run(job: SceneCaptionsJob, ranks: JobRanks) -> dict[str, Any]:
+    """Write `captions.parquet` and the folder `model`."""
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"id": str(number), "prompt": prompt, "image": as_png(image)}
+        for number, (prompt, image) in enumerate(captioned(job.count, job.seed, job.wrong))
+    ]
+    pd.DataFrame(rows).to_parquet(out / "captions.parquet", index=False)
+    make_scene_denoiser(out / "model", job.channels, job.seed)
+    return {"images": len(rows)}

@@ -1,0 +1,124 @@
+"""The world of solid scenes: its captions and graded score, and a whole chain of jobs on a tiny model."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dpo_core import job as main
+from dpo_core.images.prompts import scene
+from dpo_core.images.records import Thing, requirements
+from dpo_core.images.scenes import detect, draw
+from dpo_core.images.solid import SOLID_TAGS, captioned, graded, prompts
+from dpo_core.jobs.scene_images import judged, pairs_of
+from dpo_core.methods.diffusion_sft import DiffusionSftConfig
+from dpo_core.methods.job import Job
+from dpo_core.models.denoiser import load_denoiser
+from dpo_core.trainers.diffusion_sft import build
+from dpo_core.training.distributed import start_distributed
+from tests.support.runs.training_jobs import curve
+
+ENGINE = {"precision": "fp32", "threads": 1}
+
+
+def test_prompts_to_measure_on_are_others_and_more_than_a_hundred():
+    train, held_out = ({r.prompt for r in prompts(part)} for part in (False, True))
+    assert not train & held_out
+    assert len(held_out) >= 100
+    assert {r.tag for r in prompts(True)} == {r.tag for r in prompts(False)} == set(SOLID_TAGS)
+
+
+def test_the_share_of_wrong_captions_is_seen_by_the_detector():
+    asked = {r.prompt: r for part in (False, True) for r in prompts(part)}
+    for wrong, low, high in ((0.0, 1.0, 1.0), (1.0, 0.0, 0.5)):
+        rows = list(captioned(60, 1, wrong))
+        things = detect(np.stack([pixels for _, pixels in rows]))
+        holds = [
+            all(r.holds for r in requirements(asked[prompt], found))
+            for (prompt, _), found in zip(rows, things, strict=True)
+        ]
+        assert low <= np.mean(holds) <= high
+
+
+def test_the_graded_score_falls_with_noise_where_the_detector_sees_nothing_any_more():
+    rng = random.Random(0)
+    record = next(r for r in prompts(True) if r.tag == "color_attr")
+    things = [Thing(t.name, t.color, "solid", t.box) for t in scene(record, rng)]
+    clean = draw(things)
+    noise = np.random.default_rng(0).normal(0, 1, clean.shape)
+    images = np.stack([np.clip(clean + size * noise, 0, 255).astype(np.uint8) for size in (0, 40, 120)])
+    scores = graded([record] * 3, images)
+    assert scores[0] == pytest.approx(1, abs=1e-3)
+    assert scores[0] > scores[1] > scores[2]
+    rows = judged([record] * 3, images)
+    assert rows["correct"].tolist() == [1.0, 0.0, 0.0]
+    (pair,) = pairs_of(rows, 0)
+    assert (pair["chosen"], pair["rejected"]) == (rows["image"][0], rows["image"][2])
+    assert pairs_of(rows.iloc[[0, 0]], 0) == []
+
+
+def run_job(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A job that does not train, in this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps({"work": str(folder), "out": str(folder)} | fields))
+    assert main.main(["--config", str(folder / "job.json")]) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+def sft(folder: Path, made: Path) -> tuple[Any, Any]:
+    """The trainer of four steps from nothing, and what writes its result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "batch_size": 8, "micro_batch_size": 8, "max_steps": 4, "text_encoder": True, "averaging": 0.5,
+        "optim": {"learning_rate": 1e-2, "warmup_fraction": 0.0}, "engine": ENGINE,
+    }  # fmt: skip
+    job = {
+        "method": "diffusion_sft", "settings": {}, "model": str(made / "model"),
+        "data": str(made / "captions.parquet"), "out": str(folder / "out"), "work": str(folder),
+        "tokens": {}, "seed": 3,
+    }  # fmt: skip
+    return build(Job.model_validate(job), DiffusionSftConfig.model_validate(settings))
+
+
+def test_from_captions_to_pairs(alone, tmp_path):
+    """Captions, training from nothing with a stop and a resume, the averaged weights, images and pairs."""
+    made = tmp_path / "made"
+    assert run_job(made, kind="scene-captions", count=32, channels=[8])["images"] == 32
+    start_distributed(DiffusionSftConfig(engine=ENGINE).engine)
+    straight, _ = sft(tmp_path / "straight", made)
+    straight.train()
+    losses = [line["loss"] for line in curve(tmp_path / "straight")]
+    assert losses[-1] < losses[0]
+    stopped, _ = sft(tmp_path / "parts", made)
+    stopped.total_steps = 2
+    stopped.train()
+    resumed, export = sft(tmp_path / "parts", made)
+    resumed.train()
+    assert [line["loss"] for line in curve(tmp_path / "parts")] == losses
+    last = dict(resumed.module.named_parameters())
+    for name, value in straight.average.items():
+        assert value.equal(resumed.average[name]), name
+        assert name.startswith(("network.", "text_encoder."))
+    assert any(not value.equal(last[name]) for name, value in resumed.average.items())
+
+    export(resumed.engine.full_state())
+    written = load_denoiser(tmp_path / "parts" / "out")
+    for part in ("network", "text_encoder"):
+        for name, value in getattr(written, part).named_parameters():
+            torch.testing.assert_close(value.detach(), resumed.average[f"{part}.{name}"])
+
+    sampled = {"kind": "scene-images", "model": str(tmp_path / "parts" / "out"), "steps": 2, "limit": 2}
+    result = run_job(tmp_path / "images", samples=3, **sampled)
+    assert (result["images"], result["prompts"], result["pairs"]) == (6, 2, 2)
+    frame = pd.read_parquet(tmp_path / "images" / "pairs.parquet")
+    assert set(frame.columns) == {"id", "prompt", "chosen", "rejected"}
+    held_out = run_job(tmp_path / "held-out", samples=2, held_out=True, **sampled)
+    assert held_out["pairs"] == 0
+    assert not (tmp_path / "held-out" / "pairs.parquet").exists()
+    images = [pd.read_parquet(tmp_path / name / "images.parquet") for name in ("images", "held-out")]
+    assert not set(images[0]["prompt"]) & set(images[1]["prompt"])
