@@ -14,7 +14,9 @@ from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.run_suite import suite_files
 from dpo_core.evaluation.safety_classifier import refuse_training_reward
+from dpo_core.models.folder import makes_images
 from dpo_core.models.source import check_source_context, locate, read_template
+from dpo_core.rewards.ensemble import parts
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
 from tasks.promotion.model_source import as_folder, resolve
@@ -57,13 +59,14 @@ def check_before_run(recipe: Recipe, resume: str | None = None, cluster: Cluster
     if recipe.sft.demonstrations is not None:
         check_demonstrations(recipe.sft.demonstrations)
     _check_suites(recipe)
-    if recipe.reward.source is not None:
-        check_reward(recipe.reward.source)
     if recipe.model.chat_template is not None:
         check_template(read_template(recipe.model.chat_template))
     tracker = Tracker(recipe.tracking, workspace)
     model, _ = as_folder(recipe.model, workspace, tracker)
-    check_source_context(locate(model), recipe.tokens.max_length)
+    source = locate(model)
+    check_source_context(source, recipe.tokens.max_length)
+    if recipe.reward.source is not None:
+        check_reward(recipe.reward.source, images=makes_images(source))
     for name in model_names(recipe)[1:]:
         check_source_context(resolve(name, workspace, tracker, verify=False).path, recipe.tokens.max_length)
 
@@ -72,7 +75,7 @@ def _check_suites(recipe: Recipe) -> None:
     suite_files(recipe.suites)
     classifier, reward = recipe.suites.settings.classifier, recipe.reward.source
     if classifier is not None and reward is not None:
-        refuse_training_reward(classifier, [reward])
+        refuse_training_reward(classifier, [part.source for part in parts(reward)])
 
 
 def _check_database(uri: str, workspace: Path) -> None:

@@ -30,7 +30,8 @@ from dpo_core.jobs.files import EvaluationJob
 from dpo_core.jobs.start import device
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import JobRanks, Ranks
-from dpo_core.rewards.model import metadata_of, scorer, scoring_flops_of
+from dpo_core.rewards.ensemble import is_ensemble
+from dpo_core.rewards.model import Scorer, metadata_of, scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.completion_scores import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
@@ -127,11 +128,27 @@ class _Evaluation:
             ranks=self.ranks,
             metadata=metadata_of(pd.read_parquet(job.prompts).to_dict("records")),
         )
+        if is_ensemble(job.reward):
+            self._score_together(score)
+            return
         flops_of = scoring_flops_of(job.reward)
         for name, drawn in self.samples.items():
             texts = [self.prompts[index][1] for index in drawn.prompt_index]
             drawn.rewards = score(drawn.sequences, texts)
             self.flops[name] += flops_of(drawn.sequences)
+
+    def _score_together(self, score: Scorer) -> None:
+        """Rewards by an ensemble, whose group is then a prompt's samples of all policies: of one policy alone
+        they would be 0 in the mean, however good it is."""
+        drawn = list(self.samples.values())
+        places = [(at, i, k) for k, d in enumerate(drawn) for i, at in enumerate(d.prompt_index)]
+        places.sort()
+        sequences = [drawn[k].sequences[i] for _, i, k in places]
+        rewards = score(sequences, [self.prompts[at][1] for at, _, _ in places])
+        for d in drawn:
+            d.rewards = [0.0] * len(d.sequences)
+        for (_, i, k), reward in zip(places, rewards, strict=True):
+            drawn[k].rewards[i] = reward
 
     def result(self) -> dict[str, Any]:
         """The fields of `EvaluationResult`."""

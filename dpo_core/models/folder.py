@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_core.data.tokens.image_codes import image_codes
 from dpo_core.errors import ModelError
 from dpo_core.system import digest_listed
 
@@ -46,6 +47,11 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ModelError(f"{path} is not a JSON object", LOAD_REMEDY)
     return facts
+
+
+def makes_images(source: Path) -> bool:
+    """Whether the completions of a located model are images."""
+    return source.is_dir() and image_codes(_read(source / "config.json", source)) is not None
 
 
 def _refuse_fetched_code(facts: dict[str, Any], folder: Path) -> None:

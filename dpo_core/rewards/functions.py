@@ -1,6 +1,7 @@
 """Loads the reward function that a recipe names (built-in, Python or HTTP) and checks its scores.
 
-A reward function takes N prompts and N completions and returns N finite numbers; larger is better.
+A reward function takes N prompts and N completions and returns N finite numbers; larger is better. One with a
+parameter named `images` gets PIL images in place of the completions' texts.
 """
 
 import importlib
@@ -17,7 +18,8 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed
 from dpo_core.images.rewards import KINDS, PREFIX, Kind, SceneReward
-from dpo_core.rewards.http import HttpReward, is_url
+from dpo_core.rewards.ensemble import is_ensemble, parts
+from dpo_core.rewards.http import HttpImageReward, HttpReward, is_url
 from dpo_core.system import digest_file, digest_text
 
 _FORMS = "Write 'sentiment', 'scenes:exact', 'package.module:callable', 'path/to/file.py:callable' or 'http(s)://host:port/path'."
@@ -35,6 +37,7 @@ class RewardFunction(Protocol):
         """One finite number per completion, in order.
 
         Args:
+            completions: their texts; of a function that sees images, PIL images.
             metadata: what the data say of each prompt, as JSON; "" for nothing. None: nothing of any.
         """
         ...
@@ -64,11 +67,15 @@ class CheckedReward:
         self.function = function
         self.name = name
         self._reads_metadata = "metadata" in _parameters(function)
+        self.sees_images = "images" in _parameters(function)
 
     def __call__(
-        self, prompts: list[str], completions: list[str], metadata: list[str] | None = None
+        self, prompts: list[str], completions: list[Any], metadata: list[str] | None = None
     ) -> list[float]:
         """One finite float per completion; `metadata` goes to functions that have a parameter of that name.
+
+        Args:
+            completions: their texts; PIL images if the function `sees_images`.
 
         Raises:
             StageFailed: the function raised, returned another number of scores, or a score that is not a
@@ -79,6 +86,11 @@ class CheckedReward:
             raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
         if not completions:
             return []
+        if self.sees_images and isinstance(completions[0], str):
+            raise StageFailed(
+                f"the reward '{self.name}' sees images, and the completions are text",
+                "Use it with a model that makes images, or rename its parameter to completions",
+            )
         try:
             # Pass copies, so that a function that modifies its arguments does not modify the caller's lists.
             more = [list(metadata or [""] * len(prompts))] if self._reads_metadata else []
@@ -86,10 +98,11 @@ class CheckedReward:
         except DpoError:  # already has a remedy
             raise
         except Exception as error:
+            what = "images" if self.sees_images else "completions"
             raise StageFailed(
                 f"the reward '{self.name}' failed on {len(completions)} completions: "
                 f"{type(error).__name__}: {error}",
-                "It must take (prompts, completions) and return a list of numbers.",
+                f"It must take (prompts, {what}) and return a list of numbers.",
             ) from error
         if len(scores) != len(completions):
             raise StageFailed(
@@ -98,7 +111,7 @@ class CheckedReward:
             )
         return [self._number(score, row, completions[row]) for row, score in enumerate(scores)]
 
-    def _number(self, score: Any, row: int, completion: str) -> float:
+    def _number(self, score: Any, row: int, completion: Any) -> float:
         try:
             # float("0.5") would work, but a reward that returns text is probably broken.
             number = math.nan if isinstance(score, str) else float(score)
@@ -106,27 +119,34 @@ class CheckedReward:
             number = math.nan
         if not math.isfinite(number):
             raise StageFailed(
-                f"the reward '{self.name}' returned {score!r} for row {row} (completion {completion[:60]!r})",
+                f"the reward '{self.name}' returned {score!r} for row {row} (completion "
+                f"{completion[:60] if isinstance(completion, str) else completion!r})",
                 "Return a finite number for every completion, including empty ones.",
             )
         return number
 
 
-def load_reward(spec: str) -> RewardFunction:
+def load_reward(spec: str, *, images: bool = False) -> CheckedReward:
     """The reward function that a recipe names; its scores are checked on every call.
 
     Args:
         spec: "sentiment", "scenes:exact", "package.module:callable", "path/to/file.py:callable" (relative to
             the current folder) or the address of a server (see `http`). A class is instantiated without
             arguments.
+        images: the completions are images, which a server then gets.
 
     Raises:
         RecipeError: nothing of that name can be loaded, or it is not callable.
     """
+    if is_ensemble(spec):
+        raise RecipeError(
+            f"'{spec}' is an ensemble, which orders samples of one prompt and rates no single answer",
+            "Name one reward here",
+        )
     if spec == SentimentReward.name:
         return CheckedReward(SentimentReward(), spec)
     if is_url(spec):
-        return CheckedReward(HttpReward(spec), spec)
+        return CheckedReward(HttpImageReward(spec) if images else HttpReward(spec), spec)
     if seen := scene_kind(spec):
         return CheckedReward(SceneReward(seen), spec)
     place, colon, attribute = spec.rpartition(":")
@@ -171,6 +191,8 @@ def reward_identity(spec: str | None) -> str | None:
     An edited reward is a different reward. Changes in modules that the file imports are not noticed. A server
     is identified by its address, so a changed server needs a new address (`/v2`).
     """
+    if spec and is_ensemble(spec):
+        return " + ".join(f"{part.weight:g} * {reward_identity(part.source)}" for part in parts(spec))
     if spec is None or spec == SentimentReward.name or is_url(spec) or scene_kind(spec):
         return spec
     place = spec.rpartition(":")[0]
@@ -182,18 +204,32 @@ def reward_identity(spec: str | None) -> str | None:
     return f"{spec.rpartition(':')[2]} of {content}"
 
 
-def check_reward(spec: str) -> None:
-    """Load a reward and score two completions with it, one of them empty, before anything is trained.
+def check_reward(spec: str, *, images: bool = False) -> None:
+    """Load a reward and score two completions with it, before anything is trained: a text and an empty one,
+    or two images. Of an ensemble, each of its rewards.
+
+    Args:
+        images: the completions of the model are images.
 
     Raises:
         RecipeError: it cannot be loaded, or its scores are not usable.
     """
-    if scene_kind(spec):
-        return
+    for part in parts(spec):
+        if not scene_kind(part.source):
+            _try_out(part.source, images=images)
+
+
+def _try_out(spec: str, *, images: bool) -> None:
     # Report an unreachable server within seconds; in a run it has more time to recover.
-    reward = CheckedReward(HttpReward(spec, retries=1), spec) if is_url(spec) else load_reward(spec)
+    kind = HttpImageReward if images else HttpReward
+    reward = CheckedReward(kind(spec, retries=1), spec) if is_url(spec) else load_reward(spec)
+    completions: list[Any] = [" long and good.", ""]
+    if reward.sees_images and images:
+        from PIL import Image  # noqa: PLC0415 - only runs with images need it
+
+        completions = [Image.new("RGB", (64, 64), color) for color in ("red", "white")]
     try:
-        reward(["The film was", "The film was"], [" long and good.", ""])
+        reward(["The film was", "The film was"], completions)
     except StageFailed as error:
         raise RecipeError(f"the check of reward.source failed: {error.problem}", error.remedy) from error
 

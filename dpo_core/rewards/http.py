@@ -2,12 +2,15 @@
 
 Each request is `POST {"prompts": [...], "completions": [...]}` as JSON. The answer is `{"rewards": [...]}` or
 the list alone: one number for each completion, in order. The prompt of a conversation is the JSON of its
-messages.
+messages. Of a model of images it is `POST {"prompts": [...], "images": [...], "metadata": [...]}`: PNG files
+in base64, and what the data say of each prompt as JSON, "" for nothing.
 """
 
+import base64
+import io
 import json
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_core.errors import StageFailed
 from dpo_core.http_client import JsonServer, usable_address
@@ -15,6 +18,9 @@ from dpo_core.http_client import JsonServer, usable_address
 TOKEN = "DPO_REWARD_TOKEN"
 """Environment variable of the bearer token, which appears in no recipe, artifact or log."""
 _BATCH = 64  # completions in a request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def is_url(spec: str) -> bool:
@@ -55,14 +61,17 @@ class HttpReward:
         Raises:
             StageFailed: the server is unreachable, rejects the request, or answers without rewards.
         """
+        return self._rewards({"prompts": prompts, "completions": completions})
+
+    def _rewards(self, columns: dict[str, list[str]]) -> list[Any]:
+        """The rewards of all rows, in batches."""
         rewards: list[Any] = []
-        for start in range(0, len(completions), _BATCH):
-            part = slice(start, start + _BATCH)
-            rewards += self._request(prompts[part], completions[part])
+        for start in range(0, len(columns["prompts"]), _BATCH):
+            rewards += self._request({n: rows[start : start + _BATCH] for n, rows in columns.items()})
         return rewards
 
-    def _request(self, prompts: list[str], completions: list[str]) -> list[Any]:
-        content = self._server.post({"prompts": prompts, "completions": completions})
+    def _request(self, columns: dict[str, list[str]]) -> list[Any]:
+        content = self._server.post(columns)
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):  # of an answer such as 200,000 brackets
@@ -75,9 +84,26 @@ class HttpReward:
                 'Make the server answer {"rewards": [numbers]}, one number for each completion',
             )
         # Check each request: one short and one long answer must not shift the rewards between rows.
-        if len(rewards) != len(completions):
+        expected = len(columns["prompts"])
+        if len(rewards) != expected:
+            what = "images" if "images" in columns else "completions"
             raise StageFailed(
-                f"{self._server.name} answered {len(rewards)} rewards for {len(completions)} completions",
+                f"{self._server.name} answered {len(rewards)} rewards for {expected} {what}",
                 "Make the server answer exactly one number for each completion, in order",
             )
         return rewards
+
+
+class HttpImageReward(HttpReward):
+    """Sends images to a server."""
+
+    def __call__(self, prompts: list[str], images: list["Image"], metadata: list[str]) -> list[Any]:  # type: ignore[override]
+        """As of texts."""
+        files = [base64.b64encode(_png(image)).decode() for image in images]
+        return self._rewards({"prompts": prompts, "images": files, "metadata": metadata})
+
+
+def _png(image: "Image") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()

@@ -10,9 +10,11 @@ from torch import Tensor
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.data.tokens.tokenise import Tokenise
+from dpo_core.images.codec import as_images, pixels_of
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.ranks import Ranks, SingleRank
+from dpo_core.rewards.ensemble import combine, is_ensemble, parts
 from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.autocast import autocast
@@ -95,7 +97,8 @@ def scorer(
     ranks: Ranks | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Scorer:
-    """The reward of finished completions: a reward model's folder, or a name for `load_reward`.
+    """The reward of finished completions: a reward model's folder, a name for `load_reward`, or an ensemble
+    of such names, z-scored within the samples of a prompt, which stand together.
 
     Args:
         tokenise: turns completions into the texts that a reward reads.
@@ -106,17 +109,23 @@ def scorer(
     if is_reward_model(source):
         model = RewardModel.load(Path(source)).to(device)
         return lambda sequences, prompts: score(model, sequences, precision, ranks=ranks)
-    reward = load_reward(source)
-
     tokeniser = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
+    made = tokeniser.images
+    weights = [part.weight for part in parts(source)]
+    functions = [load_reward(part.source, images=made is not None) for part in parts(source)]
+    sees_images = made is not None and any(function.sees_images for function in functions)
 
     def by_text(sequences: Sequence[TokenSequence], prompts: Sequence[str]) -> list[float]:
         texts = [tokeniser.text(s.completion, s.prompt) for s in sequences]
-        rewards: list[float]
         told = [metadata.get(prompt, "") for prompt in prompts] if metadata else None
-        (rewards,) = (ranks or SingleRank()).map(
-            "rewards", [len(texts)], lambda _: reward(list(prompts), texts, told)
-        )
+
+        def compute(_: int) -> list[float]:
+            images = as_images(pixels_of(made.codec, texts)) if made and sees_images and texts else texts
+            columns = [f(list(prompts), images if f.sees_images else texts, told) for f in functions]
+            return combine(columns, weights, prompts) if is_ensemble(source) else columns[0]
+
+        rewards: list[float]
+        (rewards,) = (ranks or SingleRank()).map("rewards", [len(texts)], compute)
         return rewards
 
     return by_text

@@ -12,6 +12,7 @@ from prefect.utilities.importtools import import_object
 
 from dpo_core.data.files.read import check_source
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.rewards.ensemble import parts
 from flows.commands.cluster import read_cluster
 from flows.commands.format import readable_time
 from flows.process.prefect_server import server, server_address
@@ -182,10 +183,10 @@ def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
 
 def _check_files(where: str, recipe: Recipe, *, data: bool) -> None:
     """Refuse relative paths of the recipe's files, of its data only if the run reads them (`data`)."""
-    reward = (recipe.reward.source or "").partition(":")[0]
+    rewards = [part.source.partition(":")[0] for part in parts(recipe.reward.source or "")]
     files = [
         *(("data", path) for path in recipe.data.paths if data and _is_file(path)),
-        ("reward.source", reward if reward.endswith(".py") else None),
+        *(("reward.source", reward) for reward in rewards if reward.endswith(".py")),
         ("sft.demonstrations", recipe.sft.demonstrations),
         ("gate.baseline", recipe.gate.baseline),
         ("model.chat_template", recipe.model.chat_template),

@@ -4,6 +4,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_core.rewards import functions
+from dpo_core.rewards.ensemble import parts
+from dpo_core.rewards.http import is_url
 from dpo_core.statistics.format import duration, scaled
 from flows.alignment import prepare_train_evaluate
 from flows.commands.terminal import terminal
@@ -39,9 +41,9 @@ def check_reward(recipe: Recipe) -> None:
     Raises:
         RecipeError: the function cannot be used.
     """
-    source = recipe.reward.source
-    if source is not None and not source.startswith(("http://", "https://")):
-        functions.check_reward(source)
+    for part in parts(recipe.reward.source or ""):
+        if part.source and not is_url(part.source):
+            functions.check_reward(part.source, images=True)
 
 
 def plan_recipe(recipe: Recipe) -> Plan:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import EvaluateConfig, PromotionConfig, SuitesConfig
 from dpo_core.jobs.files import InferenceConfig
 from dpo_core.judging.config import JudgeConfig
@@ -19,6 +20,7 @@ from dpo_core.methods.sft import SftConfig
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.lora_config import LORA_EXTRA
 from dpo_core.objectives import get
+from dpo_core.rewards.ensemble import is_ensemble, parts
 from dpo_core.scoring.precision import Precision
 from expectations.config import GateConfig
 from tasks.recipe.policies import (
@@ -129,6 +131,28 @@ class Recipe(Config):
             new = getattr(self, name).sampling.max_new_tokens
             if new >= self.tokens.max_length:
                 raise ValueError(f"{name}.sampling.max_new_tokens {new} leaves no room in tokens.max_length")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ensemble(self) -> "Recipe":
+        source = self.reward.source or ""
+        try:
+            parts(source)
+        except RecipeError as error:
+            raise ValueError(f"reward.source: {error}") from error
+        if not is_ensemble(source):
+            return self
+        if self.study is not None:
+            raise ValueError(
+                "reward.source is an ensemble, whose rewards compare the samples of one prompt only, and a "
+                "study compares rewards of policies that are evaluated apart. Name one reward"
+            )
+        for name, policy in self.policies.items():
+            if policy.method == "ppo" or self.learns_from_model(policy):
+                raise ValueError(
+                    f"policies.{name} needs one reward in reward.source: an ensemble compares the samples of "
+                    "one prompt only. Use grpo or online_dpo without reward: model, or name one reward"
+                )
         return self
 
     @model_validator(mode="after")

@@ -11,8 +11,9 @@ class RewardConfig(Config):
 
     source: str | None = None
     """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
-    (`http://…`, `https://…`). Empty: a reward model is trained on the pairs; it is a proxy, and the page says
-    so."""
+    (`http://…`, `https://…`). Several with weights are an ensemble, `0.7 * mine.py:score + 0.3 * http://…`:
+    each is z-scored within the samples of a prompt. Empty: a reward model is trained on the pairs; it is a
+    proxy, and the page says so."""
     model: RewardModelConfig = RewardModelConfig()
     """Training of the reward model; read only when one is trained."""
 
