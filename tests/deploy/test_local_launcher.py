@@ -189,6 +189,7 @@ def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(tmp_path: Path) 
     assert not left_over(tmp_path)
 
 
+@pytest.mark.slow  # ranks without a torchrun are found and ended: the orphans of a killed flow, below
 def test_ranks_are_told_even_if_torchrun_does_not_tell_them(launcher: LocalLauncher, tmp_path: Path) -> None:
     """As when a second signal breaks off the orderly end that a first one began."""
     job = make_job(tmp_path, "polite")
@@ -233,6 +234,7 @@ def killed_flow(tmp_path: Path, *jobs: Path, **variables: str) -> psutil.Process
     return torchrun
 
 
+@pytest.mark.slow  # that children end with a killed parent: tests/flows/process/test_children.py
 def test_the_job_of_a_killed_flow_ends(launcher: LocalLauncher, tmp_path: Path) -> None:
     killed_flow(tmp_path, make_job(tmp_path, "wait"))
     wait_until(lambda: not left_over(tmp_path), "the end of torchrun and its ranks")

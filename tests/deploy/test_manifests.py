@@ -13,8 +13,6 @@ from deploy.launchers.kubernetes import KubernetesLauncher
 from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from dpo_core.errors import RecipeError, StageFailed
 
-models = pytest.importorskip("kubeflow_trainer_api.models")
-
 JOB = Path("/ws/work/train-dpo/abc/job.json")
 SMALL: dict[str, Any] = {"image": "registry/dpo:1", "claim": "workspace", "mount": "/ws"}
 FULL: dict[str, Any] = SMALL | {
@@ -39,6 +37,7 @@ def jobset(settings: dict[str, Any], processes: int = 8) -> Any:
 
 @pytest.mark.parametrize("settings", [SMALL, FULL])
 def test_the_model_of_jobset_takes_every_field(settings: dict[str, Any]) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")  # takes seconds
     # It drops fields that it does not know, so only equality shows a slip of the pen.
     made = jobset(settings)
     assert models.JobsetV1alpha2JobSet.from_dict(made).to_dict() == made

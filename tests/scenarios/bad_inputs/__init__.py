@@ -160,10 +160,14 @@ class World:
 
     def run_model(self, change: Callable[[Path], object], **changes: Any) -> list[str]:
         """`dpo run` on a copy of the model with something done to it."""
+        return self.run(model={"name": self.changed_model(change)}, **changes)
+
+    def changed_model(self, change: Callable[[Path], object]) -> str:
+        """A copy of the model with something done to it."""
         copied = self.new_folder() / "model"
         shutil.copytree(self.model, copied)
         change(copied)
-        return self.run(model={"name": str(copied)}, **changes)
+        return str(copied)
 
     def run_reward(self, code: str, **changes: Any) -> list[str]:
         """`dpo run` under a reward of one's own, on prompts, so that samples are labelled first of all."""

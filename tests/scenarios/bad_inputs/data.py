@@ -149,10 +149,10 @@ def rejected_is_null(world: World) -> list[str]:
     return world.run_on(_with(1, rejected=None))
 
 
-@bad(3, "pairs/dropped: 12 of 24 rows (50.00%)", "tolerated 20.00%", "max_dropped_rate", adds="load-data")
+@bad(3, "see above: pairs/dropped")
 def too_much_to_drop(world: World) -> list[str]:
     rows = [row | ({"chosen": ""} if i % 2 else {}) for i, row in enumerate(good_rows())]
-    return world.run_on(rows, gate={"quarantine": "drop"})
+    return world.validate("rows.jsonl", lines(rows), "--set", "gate.quarantine=drop")
 
 
 @bad(3, "no row is left for evaluation", "the gate dropped 1 rows and kept 24", adds="load-data")
@@ -161,12 +161,6 @@ def nothing_left_to_evaluate(world: World) -> list[str]:
         "held_out.jsonl", lines([{"prompt": "And the bread?", "chosen": "", "rejected": "b"}])
     )
     return world.run(data={"eval_path": held_out, "eval_fraction": None}, gate={"quarantine": "drop"})
-
-
-@bad(2, "one held-out prompt with one sample gives no confidence", "evaluate.samples_per_prompt to 2",
-     adds="load-data validate-pairs")  # fmt: skip
-def one_answer_to_evaluate(world: World) -> list[str]:
-    return world.run_on(good_rows(2))
 
 
 def _chats(first: str) -> list[dict]:
@@ -180,21 +174,18 @@ def _chats(first: str) -> list[dict]:
     ]
 
 
-@bad(2, "no chat template", "tokens.template", "model.chat_template",
-     adds="load-data import-model")  # fmt: skip
+@bad(2, "no chat template", "tokens.template", "model.chat_template")
 def chats_without_a_template(world: World) -> list[str]:
-    argv = world.run_model(lambda model: (model / "chat_template.jinja").unlink())
-    data = world.file("chats.jsonl", lines(_chats("system")))
-    return [*argv, "--set", f"data.path={data}"]
+    model = world.changed_model(lambda model: (model / "chat_template.jinja").unlink())
+    return world.validate("chats.jsonl", lines(_chats("system")), "--model", model)
 
 
-@bad(3, "pairs/template", "(row 1:", "cannot write a conversation with the roles system, user",
-     "no system here", adds="load-data import-model")  # fmt: skip
+@bad(3, "see above: pairs/template")
 def chats_that_the_template_refuses(world: World) -> list[str]:
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
     template += "{% endif %}{{ m.content }}{% endfor %}"
-    path = world.file("template.jinja", template)
-    return world.run_on(_chats("system"), model={"chat_template": path})
+    options = ("--model", str(world.model), "--set", f"model.chat_template={world.file('t.jinja', template)}")
+    return world.validate("chats.jsonl", lines(_chats("system")), *options)
 
 
 # --- dpo validate -----------------------------------------------------------------------------------------

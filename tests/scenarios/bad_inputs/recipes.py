@@ -3,7 +3,7 @@
 import os
 import socket
 
-from tests.scenarios.bad_inputs import World, bad, good_rows, lines
+from tests.scenarios.bad_inputs import World, bad, lines
 
 # --- the file ---------------------------------------------------------------------------------------------
 
@@ -148,19 +148,6 @@ def two_rewards(world: World) -> list[str]:
     return world.run(reward={"model": {"centring": 0.5}})
 
 
-@bad(2, "reward.model.margin is agreement, but no training pair has a value", "Add the field agreement")
-def a_margin_by_votes_that_nobody_counted(world: World) -> list[str]:
-    return world.run(reward={"source": None, "model": {"margin": "agreement"}})
-
-
-@bad(2, "reward.model.margin is agreement, but no training pair has a value", adds="load-data")
-def a_margin_by_votes_on_sampled_pairs(world: World) -> list[str]:
-    prompts = lines([{"prompt": row["prompt"]} for row in good_rows()])
-    ppo = {"method": "ppo", "reward": "model"}
-    learned = {"model": {"margin": "agreement"}}
-    return world.run_with("votes.jsonl", prompts, reward=learned, policies={"PPO": ppo})
-
-
 @bad(2, "policies.DPO.reward has no effect, because method dpo learns from labelled data")
 def a_learned_reward_that_nobody_learns_from(world: World) -> list[str]:
     return world.run(policies={"DPO": {"reward": "model"}})
@@ -293,18 +280,6 @@ def reward_that_fails_on_the_empty_completion(world: World) -> list[str]:
 @bad(4, "no pair could be made of 48 samples", "are ties", "pairs.*", adds="load-data validate-prompts")
 def reward_that_is_constant(world: World) -> list[str]:
     return world.run_reward("def own(prompts, completions): return [1.0] * len(prompts)\n")
-
-
-@bad(2, "prompts without pairs, but there is no reward", "Set reward.source", adds="load-data")
-def prompts_without_a_reward(world: World) -> list[str]:
-    prompts = lines([{"prompt": f"And now {row['prompt']}"} for row in good_rows()])
-    return world.run_with("prompts.jsonl", prompts, reward=None)
-
-
-@bad(2, "no chosen answers for SFT", "sft.demonstrations or sft.enabled=false", adds="load-data")
-def prompts_without_demonstrations(world: World) -> list[str]:
-    prompts = lines([{"prompt": f"Once more {row['prompt']}"} for row in good_rows()])
-    return world.run_with("prompts.jsonl", prompts, sft={"enabled": True})
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------

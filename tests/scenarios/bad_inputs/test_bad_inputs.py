@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,34 +83,31 @@ def test_bad_input(world: World, name: str) -> None:
     assert world.unfinished() == []
 
 
-def test_two_rows_of_ones_own_run_to_the_end(world: World) -> None:
+@pytest.mark.parametrize("all_stages", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_rows_of_ones_own_run_to_the_end(world: World, all_stages: bool) -> None:
     rows = [
         {"prompt": "How was the soup?", "chosen": " Good and warm.", "rejected": " Cold and bad."},
         {"prompt": "And the bread?", "chosen": " Fresh, and very good.", "rejected": " Stale."},
     ]
     small = {"batch_size": 2, "micro_batch_size": 2}
-    done = dpo(
-        *world.run_on(
-            rows,
-            "--json",
-            name="two",
-            sft={"enabled": True, "engine": {"threads": 1}},
-            reward={"source": None, "model": small},
-            evaluate={"samples_per_prompt": 2},
-            policies={"PPO": {"method": "ppo", "iterations": 1, "episodes": 4, "micro_batch_size": 4}},
-        )
-    )
+    more: dict[str, Any] = {
+        "sft": {"enabled": True, "engine": {"threads": 1}},
+        "reward": {"source": None, "model": small},
+        "policies": {"PPO": {"method": "ppo", "iterations": 1, "episodes": 4, "micro_batch_size": 4}},
+    }
+    changes = {"evaluate": {"samples_per_prompt": 2}} | (more if all_stages else {})
+    done = dpo(*world.run_on(rows, "--json", name="two", **changes))
     assert done.code == 0, done.err
     report = json.loads(done.out)
     ran = [stage["name"] for stage in report["stages"]]
-    assert ran == [
-        "load-data", "import-model", "validate-pairs", "prepare-sft", "train-reward", "cache-reference",
-        "train-dpo DPO", "train-ppo PPO", "evaluate",
-    ]  # fmt: skip
+    stages = {"load-data", "import-model", "validate-pairs", "cache-reference", "train-dpo DPO", "evaluate"}
+    assert set(ran) == stages | ({"prepare-sft", "train-reward", "train-ppo PPO"} if all_stages else set())
     findings = {f["rule"]: f for f in report["gate"][0]["findings"]}
     assert findings["pairs/too_few"]["passed"] is False
     assert findings["pairs/too_few"]["severity"] == "warning"
-    assert [row["name"] for row in report["evaluation"]["policies"]] == ["SFT", "DPO", "PPO"]
+    assert [row["name"] for row in report["evaluation"]["policies"]][-2:] == (
+        ["DPO", "PPO"] if all_stages else ["SFT", "DPO"]
+    )
 
 
 # --- in a process of its own ------------------------------------------------------------------------------
@@ -130,7 +128,7 @@ def _without_override() -> list[str]:
     return ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"]
 
 
-@pytest.mark.parametrize("what", ["recipe", "data", "model"])
+@pytest.mark.parametrize("what", ["recipe", "data", pytest.param("model", marks=pytest.mark.slow)])
 def test_no_permission(world: World, what: str) -> None:
     before, words = _without_override(), {
         "recipe": "the recipe {} cannot be read (Permission denied). Check its path",
@@ -138,13 +136,11 @@ def test_no_permission(world: World, what: str) -> None:
         "model": "{} cannot be read",
     }  # fmt: skip
     if what == "data":
-        arguments = world.run_on(good_rows())
-        place = sorted(world.folder.glob("case-*/rows.jsonl"), key=os.path.getmtime)[-1]
+        arguments = world.validate("rows.jsonl", lines(good_rows()))
+        place = Path(arguments[1])
     elif what == "model":
-        place = world.new_folder() / "model"
-        shutil.copytree(world.model, place)
-        arguments = world.run(model={"name": str(place)})
-        place /= "config.json"
+        place = Path(world.changed_model(lambda model: None)) / "config.json"
+        arguments = world.run(model={"name": str(place.parent)})
     else:
         arguments = world.run()
         place = Path(arguments[1])

@@ -1,4 +1,4 @@
-"""Loads what commands and jobs load, in the process that `forked` forks; imported by nothing else."""
+"""Loads what commands, jobs and tests load, in the process that `forked` forks; imported by nothing else."""
 
 import gc
 import importlib
@@ -13,8 +13,13 @@ _LIBRARIES = (
     "mlflow.store.model_registry.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.tracking.fluent",
+    "prefect.workers.process",
     "tasks.promotion.promote",
+    "tasks.reports.html",
     "tasks.stages.registry",
+    # Of the tests themselves.
+    "hypothesis",
+    "scipy.stats",
 )
 for _name in _LIBRARIES:
     importlib.import_module(_name)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
-from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
-
 Json = dict[str, Any]
 
 
@@ -54,6 +52,8 @@ class Cluster:
         name = made["metadata"]["name"]
         if name in self.objects:
             raise Refused(409, f'jobsets "{name}" already exists')
+        from kubeflow_trainer_api.models import JobsetV1alpha2JobSet  # takes seconds
+
         # The models drop fields that they do not know.
         if JobsetV1alpha2JobSet.from_dict(made).to_dict() != made:
             raise Refused(422, "JobSet is invalid: unknown field")
