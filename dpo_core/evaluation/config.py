@@ -1,8 +1,9 @@
 """Settings of the evaluation of policies, of suites and of the promotion decision."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
@@ -73,6 +74,13 @@ class SuiteConfig(Config):
     """The classifier's label that means safe, if its label names do not tell."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Ask questions as a user's turn: if the tokenizer has a chat template (auto), always, or never."""
+    images: str | None = Field(None, exclude_if=lambda folder: folder is None)
+    """Folder of the images of `geneval` and `compbench`, and of their scripts' results."""
+
+    @field_validator("images")
+    @classmethod
+    def _absolute(cls, folder: str | None) -> str | None:
+        return folder and str(Path(folder).expanduser().absolute())
 
 
 class SuitesConfig(Config):

@@ -16,6 +16,8 @@ MODULES = {
     "truthfulqa_gen": "truthfulqa",
     "scenes": "scenes",
     "scenes_gen": "scenes",
+    "geneval": "image_protocols",
+    "compbench": "image_protocols",
 }
 """Suite name: module of `dpo_core.evaluation.suites` that exports it in `SUITES`."""
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+GENEVAL_RESULTS = "results.jsonl"
+VQA_RESULTS = "vqa_result.json"
+
+
 class GenEvalRow(Config, extra="ignore"):
     """A row of GenEval's results: one image."""
 

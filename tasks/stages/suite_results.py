@@ -16,10 +16,11 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest
 from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.evaluation.suites.registry import find
+from dpo_core.images.protocols import GENEVAL_RESULTS, VQA_RESULTS
 from dpo_core.jobs.files import PER_SUITE, ImportJob, NamedModel, SuitesJob
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import locate, source_digest, weights_digest
-from dpo_core.system import digest_json
+from dpo_core.system import digest_file, digest_json
 from tasks.promotion.model_source import RUNS, report_of, resolve
 from tasks.recipe.policies import is_external
 from tasks.stages.data import GATES
@@ -54,6 +55,8 @@ class SuiteRequest:
             "classifier": identity(self.config.classifier) if self.config.classifier else None,
             "harness": _version("lm-eval"),
         }
+        if self.config.images:
+            common["results"] = _results(Path(self.config.images))
         data = {name: data_digest(find(name), file) for name, file in self.files.items()}
         keys = {}
         for model in self.models:
@@ -104,6 +107,12 @@ def _compute(
 
 def _path(workspace: Path, place: Place, key: str) -> Path:
     return workspace / SUITE_RESULTS / f"{place[1]}-{key[:24]}.json"
+
+
+def _results(images: Path) -> dict[str, str]:
+    """Digests of the results that other scripts wrote of images, by their place."""
+    files = [file for name in (GENEVAL_RESULTS, VQA_RESULTS) for file in sorted(images.rglob(name))]
+    return {str(file.relative_to(images)): digest_file(file) for file in files}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Reads rows from JSON lines, JSON, CSV, Parquet and Arrow files, plain or compressed, and hub data sets.
+"""Reads rows from JSON lines, JSON, CSV, Parquet, Arrow and text files, plain or compressed, and hub sets.
 
 Rows are streamed in chunks, so that a million rows are never in memory as Python objects.
 """
@@ -121,7 +121,7 @@ def _files_of(folder: Path) -> list[Path]:
             if file.is_file()
             and file.name not in SIDE_FILES
             and not file.name.startswith(".")
-            and _parser(file)
+            and _parser(file) not in (None, _lines)  # a text file beside data is a licence or a note
         ]
         if files:
             return files
@@ -247,6 +247,18 @@ def _json_lines(path: Path) -> Parsed:
             yield _checked(row, path, f"line {number}"), len(line)
 
 
+def _lines(path: Path) -> Parsed:
+    """The lines of a text file that are not blank, with the file's name."""
+    with open_plain(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, f"line {number}", error) from error
+            if text:
+                yield {"line": text, "file": path.name}, len(line)
+
+
 def _json(path: Path) -> Parsed:
     """Reads lists of rows, `{"data": [rows]}`, or single rows, streamed.
 
@@ -360,6 +372,7 @@ PARSERS: dict[str, Callable[[Path], Parsed]] = {
     ".csv": _csv,
     ".parquet": _parquet,
     ".arrow": _arrow,
+    ".txt": _lines,
 }
 
 

@@ -267,6 +267,8 @@ def is_prompts(row: Row) -> bool:
     # A message of a tree or of a log: its speaker may be the assistant.
     if answered or tree or "parent_id" in row or ROLE_COLUMNS & row.keys():
         return False
+    if has(row, "tag", "include"):  # what the image of a prompt must show
+        return False
     prompt = row.get("prompt")
     return isinstance(prompt, str | list) or is_turns(prompt) or isinstance(row.get("text"), str)
 
