@@ -38,7 +38,7 @@ def source_tags() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """Versions of Python and packages, and facts of the machine."""
-    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    packages = dict(_name_and_version(d) for d in importlib.metadata.distributions())
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -46,6 +46,13 @@ def environment() -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
     }
+
+
+def _name_and_version(distribution: importlib.metadata.Distribution) -> tuple[str, str]:
+    """Read of the first lines alone: `metadata` parses the whole description, a second for all packages."""
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    fields = dict(line.partition(": ")[::2] for line in text.partition("\n\n")[0].splitlines())
+    return fields.get("Name", ""), fields.get("Version", "")
 
 
 def hardware() -> str:

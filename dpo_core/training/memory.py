@@ -8,14 +8,15 @@ each further layer counts as much as the second.
 
 import copy
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpo_core.models.build import build
 from dpo_core.models.dropout import set_training
@@ -142,7 +143,7 @@ def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bo
         layout: the fullest micro-batch.
         on_gpu: packs use FlexAttention, which does not split them into documents.
     """
-    shallow = [_trace(config, layout, engine, layers, on_gpu) for layers in (1, 2)]
+    shallow = [_trace(_Pass.of(config, layout, engine, layers, on_gpu)) for layers in (1, 2)]
     layers = config.get_text_config().num_hidden_layers
     # With few layers the peak may be at the head's or the embedding's gradient, with more at the layers.
     # The peaks before and after the gradient reaches the layers are therefore extrapolated separately.
@@ -170,12 +171,44 @@ class _Traced:
     head: Bytes
 
 
-def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gpu: bool) -> _Traced:
-    by_flex = on_gpu and has_flex_heads(config.get_text_config())
-    parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not by_flex else None
+@dataclass(frozen=True)
+class _Pass:
+    """Forward and backward of a shallow model; two are equal if a trace of them cannot differ."""
+
+    config: Any = field(compare=False)
+    layout: Layout = field(compare=False)
+    parts: DocumentParts | None = field(compare=False)
+    precision: str
+    checkpointing: bool
+    model: str
+    """Architecture and configuration."""
+    sizes: str
+    """Kind of the layout, and the shapes of its tensors."""
+
+    @classmethod
+    def of(cls, config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gpu: bool) -> "_Pass":
+        by_flex = on_gpu and has_flex_heads(config.get_text_config())
+        parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not by_flex else None
+        shallow, kind = _shallow(config, layers), type(config)
+        tensors = [vars(layout), vars(parts) if parts else None]
+        return cls(
+            config=shallow,
+            layout=layout,
+            parts=parts,
+            precision=engine.precision,
+            checkpointing=engine.gradient_checkpointing,
+            model=f"{kind.__module__}.{kind.__name__} {shallow.to_json_string(use_diff=False)}",
+            sizes=f"{type(layout).__name__} {tree_map_only(Tensor, lambda t: tuple(t.shape), tensors)}",
+        )
+
+
+# The policies of a plan often have the same sizes, in a study all of them; a trace takes a second.
+@lru_cache(maxsize=32)
+def _trace(one: _Pass) -> _Traced:
+    layout, parts = one.layout, one.parts
     with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model = build(_shallow(config, layers), dtype=torch.float32)
-        if engine.gradient_checkpointing:
+        model = build(one.config, dtype=torch.float32)
+        if one.checkpointing:
             checkpoint_layers(model)
         set_training(model)
         known = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
@@ -192,7 +225,7 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
         with _StorageCounter(known) as counter:
             for bias in parts.biases if parts else ():
                 counter.add(bias.untyped_storage())
-            with autocast(engine.precision):
+            with autocast(one.precision):
                 hidden = _hidden(model, faked, parts)
                 loss = -token_scores(model, hidden[faked.predicts_N], faked.targets_N)["logps"].sum()
             early: list[Bytes] = []
