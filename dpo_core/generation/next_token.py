@@ -18,10 +18,10 @@ from dpo_core.data.tokens.image_codes import image_codes
 from dpo_core.scoring.attention import accepts, padded_hidden, trunk_of
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.lm_head import logits, own_logits
-from dpo_core.scoring.packing_check import RAW_ERRORS, difference, trial_documents
+from dpo_core.scoring.packing_check import RAW_ERRORS, difference, trial_documents, trials_of
 
 log = logging.getLogger(__name__)
-_EXACT = "_cache_is_exact"
+_EXACT = "the cache is exact"
 
 
 class TokenRows(Protocol):
@@ -141,16 +141,15 @@ class WholeRows:
 
 def cache_is_exact(model: nn.Module) -> bool:
     """Whether sampling with the cache of transformers gives the trainer's log-probs; tested once a model."""
-    exact = vars(model).get(_EXACT)
-    if exact is None:
-        exact = _test_cache(model)
-        setattr(model, _EXACT, exact)
-        if not exact:
+    tried = trials_of(model)
+    if _EXACT not in tried:
+        tried[_EXACT] = _test_cache(model)
+        if not tried[_EXACT]:
             log.warning(
                 "the cache of %s is not exact: sampling computes complete rows for each token, which is slow",
                 type(model).__name__,
             )
-    return bool(exact)
+    return bool(tried[_EXACT])
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from dpo_core.rewards.model import Scorer, metadata_of, scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.completion_scores import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
+from dpo_core.scoring.packing_check import share_trials
 
 FILE = EvaluationJob
 _SCALE = 6  # pixels of a page for each of an image of 16 x 16
@@ -69,16 +70,22 @@ class _Evaluation:
         self.reference_sides: list[Tensor] = []
         self.flops: dict[str, float] = {}
         self.reference_flops = 0.0
+        self.trials: dict[str, dict[Any, Any]] = {}
 
     @property
     def _computing(self) -> tuple[Any, int]:
         return self.job.config.precision, self.job.config.token_budget
 
+    def _load(self, path: str) -> Any:
+        model = load_model(Path(path)).to(device())
+        share_trials(model, self.trials)
+        return model
+
     def sample(self, name: str) -> None:
         """The policy's answers, and its log-probs of them and of the held-out pairs."""
         job, config = self.job, self.job.config
         same = self._is_reference(name)
-        policy = load_model(Path(job.policies[name])).to(device())
+        policy = self._load(job.policies[name])
         drawn = sample_policy(
             policy,
             [ids for ids, _ in self.prompts],
@@ -106,7 +113,7 @@ class _Evaluation:
 
     def read_with_reference(self) -> None:
         """The KL of every policy, and the reference's log-probs of the held-out pairs."""
-        reference = load_model(Path(self.job.reference)).to(device())
+        reference = self._load(self.job.reference)
         if self.pairs:
             self.reference_sides = sequence_logps(reference, self.sides, *self._computing, self.ranks)
             self.reference_flops = logprob_flops(reference, self.sides, self.job.config.token_budget)

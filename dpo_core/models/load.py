@@ -121,7 +121,8 @@ def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTr
         config = _config(source, trust_remote_code)
     except Exception as error:
         raise _cannot_load(source, error, LOAD_REMEDY) from error
-    arguments["allow_unexpected"] = check_kind(config, source)
+    # With the config at hand transformers does not read it twice more.
+    arguments |= {"config": config, "allow_unexpected": check_kind(config, source)}
     return load_weights(AutoModelForCausalLM, source, torch.float32, **arguments)
 
 

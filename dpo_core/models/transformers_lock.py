@@ -22,12 +22,15 @@ def quiet_transformers() -> Iterator[None]:
 
         set_accelerator()  # before transformers imports DeepSpeed
         verbosity = logging.get_verbosity()
+        loud = verbosity < logging.ERROR  # setting a level empties the caches of all loggers
         bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
+        if loud:
+            logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             yield
         finally:
-            logging.set_verbosity(verbosity)
+            if loud:
+                logging.set_verbosity(verbosity)
             if bars:
                 logging.enable_progress_bar()

@@ -30,8 +30,8 @@ _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 # Weights times tokens of a trial with long documents: some seconds on two cores, or on a GPU.
 _TRIAL_OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
 _SHORT = 64
-# Attribute of a model with the faults that its trials found, by what they depend on.
-_TRIED = "_dpo_packing_trials"
+# Attribute of a model with what its trials found, by what they depend on.
+_TRIED = "_dpo_trials"
 # Positions that a trial may use after the longest document.
 _SPARE_POSITIONS = 5
 # Exceptions of architectures that cannot run a trial.
@@ -47,6 +47,22 @@ RAW_ERRORS = (
 )
 
 
+def trials_of(model: nn.Module) -> dict[Any, Any]:
+    """What trials of a model have found, by what they depend on."""
+    found: dict[Any, Any] = vars(model).setdefault(_TRIED, {})
+    return found
+
+
+def share_trials(model: nn.Module, trials: dict[str, dict[Any, Any]]) -> None:
+    """Try checkpoints of one architecture and configuration once, as those of one base model are.
+
+    Args:
+        trials: those of the checkpoints before, which must be on the same device; the model's are added.
+    """
+    fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    setattr(model, _TRIED, trials.setdefault(f"{type(model).__qualname__} {fields}", {}))
+
+
 def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> str | None:
     """Why an architecture cannot be packed, in one sentence; None if it can. Tried once for each model.
 
@@ -59,7 +75,7 @@ def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> 
     if state:
         return state
     short = _trial_length(model, longest)
-    tried = vars(model).setdefault(_TRIED, {})
+    tried = trials_of(model)
     key = short, thorough and longest, next(model.parameters()).device
     if key not in tried:
         tried[key] = _trial_fault(model, short, longest if thorough else None)

@@ -203,7 +203,7 @@ class _Pass:
 
 
 # The policies of a plan often have the same sizes, in a study all of them; a trace takes a second.
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _trace(one: _Pass) -> _Traced:
     layout, parts = one.layout, one.parts
     with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:

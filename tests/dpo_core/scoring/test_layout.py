@@ -15,12 +15,13 @@ from transformers import (
 )
 
 from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.generation.next_token import cache_is_exact
 from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
-from dpo_core.scoring.packing_check import packing_fault
+from dpo_core.scoring.packing_check import packing_fault, share_trials
 from tests.support.models.logps import full_logps
 
 SIZES = {
@@ -229,6 +230,7 @@ def test_flex_attention_wants_heads_of_sixteen(heads, given, flex):
     assert has_flex_heads(LlamaConfig(hidden_size=32, num_attention_heads=heads, head_dim=given)) == flex
 
 
+@pytest.mark.slow  # compiles for ten seconds; its mask is compared block by block above
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"),
     reason="torch compiles FlexAttention for AVX2 and wider alone",
@@ -253,11 +255,13 @@ def test_padded_rows_after_a_pack_are_what_they_were_before():
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
 
 
+BLOOM = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}
+
+
 def test_an_architecture_that_cannot_share_is_found_out():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}
     assert packing_fault(llama(), 60, thorough=True) is None
-    bloom = BloomForCausalLM(BloomConfig(**sizes)).eval()
+    bloom = BloomForCausalLM(BloomConfig(**BLOOM)).eval()
     assert "packs" in packing_fault(bloom, 60), "ALiBi reads places, not positions"
 
 
@@ -270,6 +274,20 @@ def test_a_model_is_tried_once_for_each_length():
     assert len(passes) == tried > 0
     assert packing_fault(model, 61) is None
     assert len(passes) > tried
+
+
+def test_checkpoints_of_one_architecture_are_tried_once_together():
+    trials: dict = {}
+    models, passes = [llama(), llama(), BloomForCausalLM(BloomConfig(**BLOOM)).eval()], [0, 0, 0]
+    for number, model in enumerate(models):
+        trunk = model.get_decoder() if number < 2 else model.transformer
+        trunk.register_forward_hook(lambda *_, number=number: passes.__setitem__(number, passes[number] + 1))
+        share_trials(model, trials)
+        assert cache_is_exact(model) or number == 2
+        assert (packing_fault(model, 60) is None) == (number < 2)
+    assert passes[0] > 0
+    assert passes[1] == 0
+    assert passes[2] > 0, "another architecture"
 
 
 @pytest.mark.parametrize("lay_out", [pack, pad])
