@@ -120,4 +120,4 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="session")
 def finished(bench: Bench) -> tuple[Bench, dict]:
     """The workspace after one whole run, and its report."""
-    return bench, bench.run_recorded()
+    return bench, bench.run()

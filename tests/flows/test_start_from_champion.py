@@ -39,14 +39,22 @@ def made_by(report: dict, policy: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nightly(finished: tuple[Bench, dict]) -> tuple[Bench, dict, dict]:
-    """A promoted run, and one that started from its model."""
-    bench, first = finished[0].copy("nightly"), finished[1]
+def promoted(finished: tuple[Bench, dict]) -> tuple[Bench, dict]:
+    """A workspace whose run was promoted."""
+    bench, first = finished[0].copy("promoted-first"), finished[1]
     done = bench.dpo("promote", first["run"]["name"], "--force", "--reason", "a test")
     assert done.returncode == 0, done.stderr
+    return bench, first
+
+
+@pytest.fixture(scope="module")
+def nightly(promoted: tuple[Bench, dict]) -> tuple[Bench, dict, dict]:
+    """A promoted run, and one that started from its model."""
+    bench, first = promoted
     return bench, first, bench.run(*sets(CHAMPION))
 
 
+@pytest.mark.slow  # test_unpaired_run has a run from a champion too
 def test_the_run_starts_from_the_champion_and_says_so(nightly: tuple[Bench, dict, dict]) -> None:
     bench, first, second = nightly
     name = first["run"]["name"]
@@ -103,8 +111,9 @@ def test_other_weights_are_imported_and_the_same_by_another_name_are_not(
     assert again["trained"] == second["trained"]
 
 
-def test_names_of_nothing_are_refused_before_a_run(nightly: tuple[Bench, dict, dict]) -> None:
-    bench, first, _ = nightly
+def test_names_of_nothing_are_refused_before_a_run(promoted: tuple[Bench, dict]) -> None:
+    bench, first = promoted
+    assert import_state(bench, CHAMPION) == "runs"
     runs = sorted((bench.workspace / "runs").iterdir())
     for model, words in {
         "models:/dpo-tiny@champoin": "dpo-tiny has no alias champoin. Did you mean champion?",

@@ -1,4 +1,4 @@
-"""The whole run on single answers labelled desirable or not, through the real command line."""
+"""The whole run on single answers labelled desirable or not, which starts from the champion of another."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,7 @@ STAGES = [
     "train-ppo PPO",
     "evaluate",
 ]
+CHAMPION = "models:/dpo-tiny@champion"
 SIZES = {"epochs": 50, "max_steps": 3, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
 
 
@@ -58,9 +59,11 @@ def stage(report: dict[str, Any], name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def unpaired(finished: tuple[Bench, dict[str, Any]]) -> tuple[Bench, dict[str, Any]]:
-    """A workspace of its own after one whole KTO run, and its report."""
-    own = finished[0].copy("unpaired")
-    own.recipe.write_text(yaml.safe_dump(recipe_for(own, labelled(), "kto")))
+    """A workspace of its own after one whole KTO run from the promoted model, and its report."""
+    own, first = finished[0].copy("unpaired"), finished[1]
+    done = own.dpo("promote", first["run"]["name"], "--force", "--reason", "a test")
+    assert done.returncode == 0, done.stderr
+    own.recipe.write_text(yaml.safe_dump(recipe_for(own, labelled(), "kto") | {"model": {"name": CHAMPION}}))
     return own, own.run()
 
 
@@ -94,6 +97,23 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
         assert f"kto.jsonl; {rows} rows trained on, {36 - rows} held out" in flat
         assert "3 steps, batches of 8, learning rate 1e-05" in flat
         assert "vowels, which PPO also learned from: a gain may not carry over to other measures" in flat
+
+
+def test_it_started_from_the_champion_and_says_so(unpaired, finished) -> None:
+    (bench, report), first = unpaired, finished[1]
+    version, run = first["model"]["version"], first["run"]["name"]
+    words = f"dpo-tiny version {version} (champion), trained by the run {run}"
+    assert report["trained"]["base_model"].startswith(words)
+    origin = report["trained"]["started_from"]
+    assert (origin["run"], origin["sha256"]) == (run, first["model"]["sha256"])
+    trained = next(s for s in first["stages"] if s["name"] == first["policies"]["DPO"]["stage"])
+    before, imported = (
+        Path(uri.removeprefix("file://")) / "model.safetensors"
+        for uri in (trained["uri"], next(s["uri"] for s in report["stages"] if s["name"] == "import-model"))
+    )
+    assert imported.read_bytes() == before.read_bytes()
+    page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
+    assert page.count(words) >= 2, "what was trained, and the lineage"
 
 
 def test_it_starts_at_one_half_and_logs_what_unpaired_training_has(unpaired) -> None:

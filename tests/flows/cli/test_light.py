@@ -1,4 +1,4 @@
-"""What a command loads before it has answered: fresh processes, and their times on a quiet machine."""
+"""What commands load: fresh processes, and their times on a quiet machine."""
 
 import json
 import os
@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from dpo_core.system import JOB_PACKAGES
+from tests.support.runs.tiny_run import Bench, prefect_address
 
 HEAVY = {
     *("torch", "transformers", "deepspeed", "datasets", "scipy", "numpy", "pandas", "pyarrow", "matplotlib"),
@@ -34,11 +37,13 @@ def test_a_quick_command_loads_no_heavy_package(command: list[str], tmp_path: Pa
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
 
 
-def test_a_command_that_needs_torch_names_the_extra_where_it_is_missing(tmp_path: Path) -> None:
-    without = "import sys; sys.modules['torch'] = None\nfrom flows.cli.main import main; main()"
+def test_without_the_packages_of_jobs_a_worker_starts_and_a_command_names_their_extra(tmp_path: Path) -> None:
+    modules = "flows.alignment, flows.deployed, flows.run_lifecycle, tasks.preflight"
+    without = f"import sys; sys.modules |= dict.fromkeys({JOB_PACKAGES}); import {modules}\n"
+    without += "print('imported', flush=True); from flows.cli.main import main; main()"
     called = [sys.executable, "-c", without, "plan", "demo"]
     done = subprocess.run(called, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "imported\n"), done.stderr
     assert done.stderr == "error: torch is not installed. Run: pip install 'dpo-pipeline[train]'\n"
 
 
@@ -51,6 +56,27 @@ def test_a_run_prints_its_first_line_before_it_loads_anything_heavy(tmp_path: Pa
     assert done.stdout == f"recipe demo, workspace {tmp_path / 'runs'}; starting takes about 10 s\n"
     assert "flows.process.temporary_server" in done.stderr
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.slow  # a run in processes that share nothing with the tests'; the import is tested above
+def test_a_complete_run_loads_no_torch_and_takes_little_memory(bench: Bench) -> None:
+    """The process of a flow only orchestrates: everything that computes with a model is a job's."""
+    own = bench.copy("footprint")
+    program = Path(__file__).parents[2] / "support" / "runs" / "footprint.py"
+    done = subprocess.run(
+        [sys.executable, "-P", program, "run", own.recipe, "--json"],
+        env=own.environment()
+        | {"DPO_FOOTPRINT": str(own.folder / "footprint.json"), "PREFECT_API_URL": prefect_address()},
+        cwd=own.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ran" in own.states(json.loads(done.stdout)).values()
+    footprint = json.loads((own.folder / "footprint.json").read_text())
+    assert {"torch", "transformers", "deepspeed", "great_expectations"}.isdisjoint(footprint["packages"])
+    assert footprint["peak_bytes"] < 600e6
 
 
 @pytest.mark.bench

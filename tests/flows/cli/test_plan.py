@@ -82,7 +82,8 @@ def test_after_a_run_all_is_cached_and_not_a_byte_is_changed(finished):
 
 
 def test_another_learning_rate_runs_training_and_evaluation(finished, monkeypatch):
-    bench, report = finished
+    bench, _ = finished
+    newest = max(path.name for path in (bench.workspace / "runs").iterdir())
     rate = "policies.DPO.optim.learning_rate"
     changes = (
         "--set",
@@ -94,7 +95,7 @@ def test_another_learning_rate_runs_training_and_evaluation(finished, monkeypatc
     )
     plan = planned(bench, *changes)
     assert reasons(plan) == {"train-dpo DPO": "changed", "train-grpo GRPO": "new", "evaluate": "data"}
-    assert plan["compared_with"] == report["run"]["name"]
+    assert plan["compared_with"] == newest
     learning_rate = load_recipe(str(bench.recipe)).policies["DPO"].optim.learning_rate
     assert plan["changes"] == [
         "policies.GRPO: new",
@@ -105,7 +106,7 @@ def test_another_learning_rate_runs_training_and_evaluation(finished, monkeypatc
     printed = CliRunner().invoke(app, ["plan", str(bench.recipe)]).stdout
     assert rate in printed.partition("total")[0]
     assert "runs: new policy" in printed
-    assert f"compared with {report['run']['name']}: policies.GRPO: new; " in printed
+    assert f"compared with {newest}: policies.GRPO: new; " in printed
 
 
 def test_another_definition_of_log_probs_computes_them_anew(finished, monkeypatch):
@@ -144,7 +145,7 @@ def test_a_model_from_scratch_is_planned_in_its_own_size(finished):
     layer = 4 * 48 * 48 + 3 * 48 * 192 + 2 * 48
     tokens = len(make_tokenizer())
     assert plan["parameters"] == 3 * layer + 48 + 48 * tokens
-    smaller = planned(bench, "--set", SCRATCH.replace("layers: 3", "layers: 1"))
+    smaller = planned(bench, "--set", SCRATCH.replace("layers: 3", "layers: 1"), "--set", "policies.PPO=null")
     assert smaller["parameters"] == plan["parameters"] - 2 * layer
     flops = [{s["name"]: s["flops"] for s in p["stages"]}["prepare-sft"] for p in (smaller, plan)]
     assert flops[0] < flops[1]
@@ -176,12 +177,13 @@ def test_a_damaged_artifact_is_planned_to_be_made_again_and_left_alone(finished)
 
 
 def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
-    rows = [
-        {"prompt": f"The soup of day {i} was", "chosen": " good and warm.", "rejected": f" bad and cold {i}."}
-        for i in range(30)
-    ]
     data = tmp_path / "pairs.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    data.write_text(
+        "\n".join(
+            f'{{"prompt": "Soup {i} was", "chosen": " good and warm.", "rejected": " bad and cold {i}."}}'
+            for i in range(30)
+        )
+    )
     own = empty(bench, tmp_path, data={"path": str(data), "eval_fraction": 0.2}, sft={})
     recipe = yaml.safe_load(own.recipe.read_text())
     del recipe["pairs"], recipe["reward"], recipe["policies"]["PPO"]
@@ -196,10 +198,11 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
         own,
         "--set",
         "policies.DPO={method: dpo, objective: SimPO, parameters: {beta: 0.1}, engine: {threads: 1}}",
+        "--set",
+        "evaluate.sampling.max_new_tokens=2",
     )
     assert "DPO: simpo with beta 0.1 (its default: 2; 0.1 is dpo's)" in unlike["warnings"]
-    cut = planned(own, "--set", "evaluate.sampling.max_new_tokens=2")["warnings"]
-    assert [line for line in cut if "100.0% of the answers are cut" in line]
+    assert [line for line in unlike["warnings"] if "100.0% of the answers are cut" in line]
     # A live reference is one more model in memory, and one more forward pass.
     live = planned(own, "--set", "policies.DPO.reference_sync={}")
     moved = {stage["name"]: stage for stage in live["stages"]}["train-dpo DPO"]

@@ -116,26 +116,6 @@ class Bench:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    @property
-    def footprint(self) -> Path:
-        """What the process of `run_recorded` had loaded at its end, and its peak memory; see `footprint`."""
-        return self.folder / "footprint.json"
-
-    def run_recorded(self) -> dict:
-        """`run`, with its footprint."""
-        done = subprocess.run(
-            [sys.executable, "-P", Path(__file__).with_name("footprint.py"), "run", self.recipe, "--json"],
-            env=self.environment()
-            | {"DPO_FOOTPRINT": str(self.footprint), "PREFECT_API_URL": prefect_address()},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
     def copy(self, name: str) -> "Bench":
         """The same state in another folder: a store may be moved."""
         target = self.folder.parent / name  # or elsewhere, by a whole path
