@@ -95,17 +95,17 @@ def test_a_file_is_contaminated_by_itself(shared: Path) -> None:
     assert long <= set(quoted.find(items))
 
 
-def test_a_hundred_thousand_rows_take_seconds_and_eight_bytes_a_gram() -> None:
+def test_thousands_of_rows_take_a_second_and_eight_bytes_a_gram() -> None:
     rng = np.random.default_rng(0)
     vocabulary = np.array([f"word{i}" for i in range(5000)])
-    rows, words = 100_000, 24
+    rows, words = 20_000, 24
     texts = [" ".join(row) for row in vocabulary[rng.integers(0, 5000, (rows, words))]]
     start = time.process_time()
     index = TrainingText(texts)
     took = time.process_time() - start
     assert index._grams.nbytes == 8 * rows * (words - 12), "none spans two rows, none is equal, none is lost"
-    assert took < 20
-    items = [item(str(i), f"Say {text[20:]} now") for i, text in enumerate(texts[::1000])]
+    assert took < 4
+    items = [item(str(i), f"Say {text[20:]} now") for i, text in enumerate(texts[::200])]
     assert index.find(items) == dict.fromkeys((item.id for item in items), "13-gram")
 
 

@@ -18,7 +18,7 @@ from expectations.job_file import GateJob
 from tasks.store.manifest import digest_folder
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import forked
-from tests.support.runs.jobs import on, run_job_file, run_rendered
+from tests.support.runs.jobs import on, run_job_file
 from tests.support.runs.training_jobs import pair_rows
 
 
@@ -111,7 +111,7 @@ def test_data_are_judged_once_whatever_the_number_of_ranks(model: Path, rows: st
 
 def test_tokens_are_compared_once_whatever_the_number_of_ranks(model: Path, tmp_path: Path) -> None:
     job = CompareTokensJob(**on(tmp_path / "work", 2), model=str(model), other=str(model))
-    assert run_rendered(job) == {"differing": []}
+    assert run_job_file(job) == {"differing": []}
 
 
 def test_an_unknown_kind_of_job_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.sandbox import check_sandbox
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import PER_SUITE, NamedModel, SuitesJob
-from dpo_core.models.load import load_tokenizer
 from dpo_core.ranks import PROGRESS
-from tests.support.models.tiny import make_tiny_model
+from tests.support.models.tiny import CHAT_TEMPLATE, make_classifier, make_tiny_model
 from tests.support.runs.jobs import kept, killed_and_resumed, on, run_job_file
 
 FILES = {
@@ -34,30 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suites")
     for seed, name in enumerate(("reference", "policy")):
         make_tiny_model(folder / name, seed, taught=True, max_position_embeddings=CONTEXT)
-    _make_classifier(folder / "classifier", folder / "policy")
+    make_classifier(folder / "classifier", ["unsafe", "safe"], template=CHAT_TEMPLATE)
     return folder
-
-
-def _make_classifier(folder: Path, beside: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = load_tokenizer(beside)
-    labels = {0: "unsafe", 1: "safe"}
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        id2label=labels,
-        label2id={label: number for number, label in labels.items()},
-        initializer_range=0.5,  # so that its judgements differ
-    )
-    torch.manual_seed(0)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def job(folder: Path, work: Path, shared: Path, suites: list[str], processes: int = 1) -> SuitesJob:

@@ -181,7 +181,10 @@ def test_on_verdicts_of_people(shared: Path) -> None:
         assert estimate.value == pytest.approx(sigmoid(theta), abs=1e-4)
 
 
-@pytest.mark.parametrize(("prompts", "quality"), [(30, 0.0), (60, 0.5), (200, 0.5), (60, 1.5)])
+NIGHTLY = [pytest.param(200, 0.5, marks=pytest.mark.slow), pytest.param(60, 1.5, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("prompts", "quality"), [(30, 0.0), (60, 0.5), *NIGHTLY])
 def test_it_covers_what_it_should(prompts: int, quality: float) -> None:
     """Also on few prompts with a weak effect, where a penalty chosen once claimed one half for certain."""
     results = []

@@ -279,6 +279,7 @@ sys.exit(repr(wrong) if wrong else 0)
 """
 
 
+@pytest.mark.slow  # a process of its own; the lock that sees to it is tested below
 def test_the_first_loads_of_a_process_may_be_those_of_several_threads(tiny: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", THREADS, str(tiny)], capture_output=True, text=True, check=False

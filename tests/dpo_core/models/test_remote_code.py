@@ -1,8 +1,6 @@
 """Python code of models: trusted once by digest, then accepted in every place that reads the model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +36,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_trust_it_is_refused_in_every_place(own: Path) -> None:
+    """And nobody is asked, though transformers would."""
     for read in (load_model, config_in, attention_of, lambda f: convert(ModelConfig(name=str(f)), f / "out")):
         with pytest.raises(ModelError, match="contains custom code"):
             read(own)
@@ -84,13 +83,3 @@ def test_other_code_is_not_trusted(own: Path, tmp_path: Path) -> None:
     (own / "config.json").write_text(json.dumps(facts))
     (own / "more.py").write_text("")
     assert not remote_code.is_trusted(own)
-
-
-def test_the_answer_is_no_question(own: Path) -> None:
-    """Also where a terminal could be asked."""
-    told = subprocess.run(
-        [sys.executable, "-c", f"from dpo_core.models.load import *; load_model(Path({str(own)!r}))"],
-        input="y\n", text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert "contains custom code" in told.stderr
-    assert "[y/N]" not in told.stdout + told.stderr

@@ -1,9 +1,11 @@
-"""GRPO, its variants and RLOO as jobs: known first round, learning, exact resume, ranks, dynamic sampling."""
+"""GRPO, its variants and RLOO as jobs: known first round, exact resume, ranks, dynamic sampling.
+
+That they learn is in test_bandit.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from deploy.launchers import State
@@ -11,8 +13,8 @@ from dpo_core import job as train
 from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online.sampler import replaced
-from tests.support.runs.online_jobs import online_job, timeless, train_in_parts
-from tests.support.runs.training_jobs import build_trainer, curve, launch
+from tests.support.runs.online_jobs import online_job, train_in_parts
+from tests.support.runs.training_jobs import build_trainer, curve, launch, timeless
 
 SETTINGS: dict[str, Any] = {"iterations": 2, "episodes": 32, "group_size": 4, "micro_batch_size": 8}
 
@@ -38,19 +40,12 @@ def test_the_first_round_has_known_values(alone: None, tiny: Path, tmp_path: Pat
         assert first["loss/policy_avg"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path: Path) -> None:
-    job = group_job(tmp_path, tiny, iterations=12, episodes=64, micro_batch_size=32, epochs=2)
-    assert train.main(["--config", str(job)]) == 0
-    scores = [line["objective/scores"] for line in curve(tmp_path)]
-    assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
-
-
 def test_a_resumed_run_is_the_straight_one(alone: None, tiny: Path, tmp_path: Path) -> None:
     """With a moving reference and dynamic sampling, whose position is no function of the round."""
-    changes = {"variant": "dapo", "iterations": 6, "reference_ema": 0.3, "epochs": 2, "minibatches": 2}
+    changes = {"variant": "dapo", "iterations": 4, "reference_ema": 0.3, "epochs": 2, "minibatches": 2}
     straight = build_trainer(group_job(tmp_path / "straight", tiny, **changes))
     straight.train()
-    resumed = train_in_parts(group_job(tmp_path / "parts", tiny, **changes), first=3)
+    resumed = train_in_parts(group_job(tmp_path / "parts", tiny, **changes), first=2)
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "straight")
     ours, theirs = resumed.module.state_dict(), straight.module.state_dict()
     assert all(ours[name].equal(tensor) for name, tensor in theirs.items())

@@ -14,8 +14,8 @@ from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online_dpo import ScoredEpisode, best_and_worst
-from tests.support.runs.online_jobs import online_job, timeless, train_in_parts
-from tests.support.runs.training_jobs import build_trainer, curve, launch
+from tests.support.runs.online_jobs import online_job, train_in_parts
+from tests.support.runs.training_jobs import build_trainer, curve, launch, timeless
 
 SETTINGS: dict[str, Any] = {
     "iterations": 3,

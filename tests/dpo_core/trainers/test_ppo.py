@@ -26,10 +26,10 @@ from dpo_core.trainers.online.rollouts import Episode, response_logps
 from dpo_core.trainers.online.sampler import rollout_context
 from dpo_core.trainers.ppo import make_critic, state_values
 from tests.support.models.logps import full_logps, random_sequences
-from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
-from tests.support.runs.training_jobs import build_trainer, curve, launch
+from tests.support.runs.online_jobs import kill_in_round, online_job
+from tests.support.runs.training_jobs import build_trainer, curve, launch, timeless
 
-ROUNDS = 12
+ROUNDS = 10
 
 
 def ppo_job(work: Path, tiny: Path, **changes: Any) -> Path:

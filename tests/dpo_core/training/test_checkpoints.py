@@ -11,12 +11,9 @@ import pytest
 from dpo_core import job as train
 from dpo_core.errors import StageFailed
 from dpo_core.training.checkpoints import DIGEST, CheckpointInfo, Checkpoints, read_digest
-from tests.support.runs.training_jobs import curve, pair_rows, write_job
+from tests.support.runs.training_jobs import curve, demonstrations, pair_rows, timeless, write_job
 
-ROWS = [
-    {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r["rejected"], "ended": True}
-    for r in pair_rows(8)
-]
+ROWS = demonstrations(pair_rows(8))
 
 
 def write(store: Checkpoints, step: int, *, ranks: int = 1, stage: int = 0, shards: int = 0) -> Path:
@@ -142,17 +139,12 @@ def run(job: Path) -> int:
     return train.main(["--config", str(job)])
 
 
-def numbers(work: Path) -> list[dict[str, float]]:
-    times = {"time", "seconds_per_step", "tokens_per_second"}
-    return [{k: v for k, v in line.items() if k not in times} for line in curve(work)]
-
-
 def test_a_run_skips_a_damaged_checkpoint_and_gives_the_same_result(
     alone: None, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = job(tmp_path, tiny)
     assert run(path) == 0
-    straight, weights = numbers(tmp_path), (tmp_path / "out" / "model.safetensors").read_bytes()
+    straight, weights = timeless(tmp_path), (tmp_path / "out" / "model.safetensors").read_bytes()
     flip(tmp_path / "checkpoints" / "step-00000006")
     shutil.rmtree(tmp_path / "out")
     with caplog.at_level(logging.INFO):
@@ -160,7 +152,7 @@ def test_a_run_skips_a_damaged_checkpoint_and_gives_the_same_result(
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("dpo_core")]
     assert any("step-00000006 is damaged" in line for line in messages)
     assert any("resuming from" in line and "step-00000004" in line for line in messages)
-    assert numbers(tmp_path) == straight
+    assert timeless(tmp_path) == straight
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     assert read_digest(tmp_path / "checkpoints" / "step-00000006").step == 6
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.methods.ppo import PpoConfig
-from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring.autocast import effective_precision
 from dpo_core.training.batches import Order
 from dpo_core.training.config import EngineConfig
@@ -228,11 +227,7 @@ def test_the_rank_that_fails_reports_the_cause(lab: Lab) -> None:
     pairs = training_jobs.token_pairs(lab.tiny, ROWS)
     batch = [pairs[i] for i in Order(len(pairs), seed=3).batch(0, 8)]
     bad = sorted(batch, key=lambda p: max(len(p.chosen), len(p.rejected)))[1]
-    good = LogpShard.open(lab.shard)
-    keys = [sequence_key(s) for p in pairs for s in (p.chosen, p.rejected)]
-    entries = {k: good.tokens(int(i)).copy() for k, i in zip(keys, good.positions(keys), strict=True)}
-    entries[sequence_key(bad.chosen)][0] = float("nan")
-    LogpShard.build(entries).save(lab.folder / "spoilt")
+    training_jobs.spoil(lab.shard, pairs, bad, lab.folder / "spoilt")
     settings = json.loads(job.read_text())
     settings["reference_logps"] = str(lab.folder / "spoilt")
     settings["settings"] |= {"check_rows": 0, "pack_tokens": None}  # padded rows are dealt as above

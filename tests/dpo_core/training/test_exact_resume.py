@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 
 from dpo_core import job as train
 from tests.support.runs.killed_job import kill_after
-from tests.support.runs.training_jobs import curve, pair_rows, write_job, write_reference
-
-TIMES = {"time", "seconds_per_step", "tokens_per_second"}
+from tests.support.runs.training_jobs import (
+    curve,
+    demonstrations,
+    pair_rows,
+    timeless,
+    write_job,
+    write_reference,
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,7 @@ def write(folder: Path, tiny: Path, case: Case) -> Path:
     if case.kind == "dpo":
         extra["reference_logps"] = str(write_reference(tiny, rows, folder / "reference"))
     if case.kind == "sft":
-        rows = [
-            {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r["rejected"], "ended": True}
-            for r in rows
-        ]
+        rows = demonstrations(rows)
     settings = {
         "batch_size": case.batch,
         "micro_batch_size": case.micro,
@@ -72,10 +74,6 @@ def write(folder: Path, tiny: Path, case: Case) -> Path:
         "engine": {"precision": "fp32", "threads": 1, "save_every": 3} | case.engine,
     }
     return write_job(folder, case.kind, tiny, rows, settings=settings | case.settings, **extra)
-
-
-def numbers(work: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in curve(work)]
 
 
 def tensors(value: Any, path: str = "") -> dict[str, Any]:
@@ -112,10 +110,10 @@ def test_three_steps_a_kill_and_three_are_six(alone: None, tiny: Path, tmp_path:
     assert [p.name for p in (killed / "checkpoints").glob("step-*")] == ["step-00000003"]
     assert train.main(["--config", str(job)]) == 0
 
-    assert numbers(killed) == numbers(straight)
-    assert [line["step"] for line in numbers(killed)] == [1, 2, 3, 4, 5, 6]
-    assert len({line["learning_rate"] for line in numbers(killed)}) > 3, "the schedule moved"
-    assert all(line["grad_norm"] > 0 for line in numbers(killed))
+    assert timeless(killed) == timeless(straight)
+    assert [line["step"] for line in timeless(killed)] == [1, 2, 3, 4, 5, 6]
+    assert len({line["learning_rate"] for line in timeless(killed)}) > 3, "the schedule moved"
+    assert all(line["grad_norm"] > 0 for line in timeless(killed))
     ours, theirs = (last_optimiser(work) for work in (killed, straight))
     assert ours.keys() == theirs.keys()
     assert sum(isinstance(value, torch.Tensor) for value in theirs.values()) >= 2, "both moments"

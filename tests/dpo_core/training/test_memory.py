@@ -57,10 +57,19 @@ def counted(config: Any, layout: Layout, engine: EngineConfig) -> int:
     return living.peak.all
 
 
-@pytest.mark.parametrize("lay_out", [pack, pad])
-@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, {"gradient_checkpointing": True}])
-@pytest.mark.parametrize(("config", "documents"), [(LLAMA, 6), (WORDY, 1)])
+@pytest.mark.parametrize(
+    ("config", "documents", "lay_out", "changes"),
+    [
+        (LLAMA, 6, pack, {}),
+        (LLAMA, 6, pad, {"precision": "fp32"}),
+        (LLAMA, 6, pad, {"gradient_checkpointing": True}),
+        (WORDY, 1, pack, {"precision": "fp32"}),
+        (WORDY, 1, pack, {"gradient_checkpointing": True}),
+        (WORDY, 1, pad, {}),
+    ],
+)
 def test_two_fake_layers_predict_all_real_ones(config, documents, lay_out, changes):
+    """Each setting with each model, and each layout with each."""
     layout, engine = lay_out(DOCUMENTS[:documents]), EngineConfig(**changes)
     estimate = step_memory(config, layout, engine)
     assert estimate.peak.all == pytest.approx(counted(config, layout, engine), rel=0.03)

@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from tests.scenarios.faults.nodes import Gang, TwoNodes
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs
-from tests.support.runs.training_jobs import curve, launch, pair_rows, wait_until, write_job
+from tests.support.runs.training_jobs import curve, launch, pair_rows, timeless, wait_until, write_job
 
 pytestmark = pytest.mark.faults
 REPOSITORY = Path(__file__).resolve().parents[3]
 ROWS = pair_rows(16)
 STEPS = 60
-TIMES = {"time", "seconds_per_step", "tokens_per_second"}
 WAIT = 30.0
 """Seconds after which the rest of a job must have ended when a node is lost."""
 
@@ -55,12 +54,8 @@ def until(gang: Gang, step: int) -> None:
     assert len(curve(gang.work)) < STEPS, "too late to interrupt it"
 
 
-def numbers(work: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in curve(work)]
-
-
 def assert_identical(work: Path, straight: Path) -> None:
-    assert numbers(work) == numbers(straight)
+    assert timeless(work) == timeless(straight)
     assert len(curve(work)) == STEPS
     ours, theirs = (load_file(w / "out" / "model.safetensors") for w in (work, straight))
     assert ours.keys() == theirs.keys()

@@ -68,6 +68,29 @@ def make_tiny_model(folder: Path, seed: int = 0, *, taught: bool = False, **chan
     return folder
 
 
+def make_classifier(folder: Path, labels: list[str], *, template: str | None = None, **changes: Any) -> Path:
+    """A tiny sequence classifier with these labels."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(
+        **shape,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        initializer_range=0.5,  # so that its judgements differ
+        **changes,
+    )
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _teach(model: Any, tokenizer: Any, steps: int = 60) -> None:
     import torch
 

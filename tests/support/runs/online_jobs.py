@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.runs import forked
-from tests.support.runs.training_jobs import build_trainer, curve, text, wait_until, write_job
+from tests.support.runs.training_jobs import build_trainer, text, wait_until, write_job
 
 PROMPTS = [{"prompt": text(i, 3), "chat": False} for i in range(12)]
 # Counts two letters; a file beside it makes the reward call of that number wait to be killed.
@@ -24,7 +24,6 @@ def count_o(prompts, completions):
         time.sleep(0.01)
     return [float(c.count("o") + c.count("e")) for c in completions]
 """
-TIMES = ("seconds_per_step", "time")
 
 
 def online_job(work: Path, tiny: Path, method: str, settings: dict[str, Any], **job: Any) -> Path:
@@ -40,11 +39,6 @@ def online_job(work: Path, tiny: Path, method: str, settings: dict[str, Any], **
         "settings": {"optim": optim} | settings | {"engine": engine},
     }
     return write_job(work, method, tiny, PROMPTS, **(given | job))
-
-
-def timeless(work: Path) -> list[dict[str, float]]:
-    """The curve without clock times."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in curve(work)]
 
 
 def train_in_parts(job: Path, first: int) -> Any:

@@ -17,12 +17,13 @@ from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_exa
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get
 from dpo_core.models.load import load_model, load_tokenizer
-from dpo_core.reference import LogpShard
+from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.reference.compute import compute
 from tests.support.runs import forked
 
 PATIENCE = 600.0
 """Seconds that anything may take on a shared machine; what is over sooner costs nothing."""
+_TIMES = {"time", "seconds_per_step", "tokens_per_second"}
 TOKENS = TokenConfig(max_length=64, max_prompt_length=32)
 WORDS = "the film was long and quiet but bread is good warm cold sad happy love it very boring".split()  # noqa: SIM905
 
@@ -126,12 +127,17 @@ def build_trainer(job: Path) -> Any:
     return trainer
 
 
+def demonstrations(pairs: list[dict[str, Any]], side: str = "rejected") -> list[dict[str, Any]]:
+    """One side of each pair, as a row of SFT."""
+    return [
+        {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r[side], "ended": True}
+        for r in pairs
+    ]
+
+
 def sft_job(folder: Path, model: Path, epochs: int = 1) -> Path:
     """A job of four steps an epoch on one process a node."""
-    rows = [
-        {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r["chosen"], "ended": True}
-        for r in pair_rows(16)
-    ]
+    rows = demonstrations(pair_rows(16), "chosen")
     engine = {"precision": "fp32", "save_every": 2, "threads": 1}
     return write_job(
         folder, "sft", model, rows, settings={"epochs": epochs, "batch_size": 4, "engine": engine}
@@ -143,6 +149,21 @@ def curve(work: Path) -> list[dict[str, float]]:
     path = work / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def timeless(work: Path) -> list[dict[str, float]]:
+    """The curve without clock times."""
+    return [{k: v for k, v in line.items() if k not in _TIMES} for line in curve(work)]
+
+
+def spoil(shard: Path, pairs: list[TokenPair], bad: TokenPair, folder: Path) -> Path:
+    """A copy of the reference log-probs of some pairs, in which a chosen answer has a value that is nan."""
+    good = LogpShard.open(shard)
+    keys = [sequence_key(s) for p in pairs for s in (p.chosen, p.rejected)]
+    entries = {k: good.tokens(int(i)).copy() for k, i in zip(keys, good.positions(keys), strict=True)}
+    entries[sequence_key(bad.chosen)][0] = float("nan")
+    LogpShard.build(entries).save(folder)
+    return folder
 
 
 def wait_until(ready: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:

@@ -107,7 +107,7 @@ def by_filter(results: dict, task: str, field: str, which: str = "none") -> list
     return [float(s[field]) for s in logged if s["filter"] == which]
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_truthfulqa_by_likelihood_is_what_lm_eval_measures(
     chat: bool, wide: ModelUnderTest, shared: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +210,7 @@ def gsm8k_files(shared: Path, folder: Path, tests: int, shots: int) -> Path:
     return folder / "gsm8k_test.jsonl"
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gsm8k_is_what_lm_eval_measures(
     chat: bool, wide: ModelUnderTest, shared: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from dpo_core.evaluation.safety_models import load_classifier, safe_class
 from dpo_core.evaluation.suites.refusal import BETWEEN_ANSWERS, is_refusal
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
-from tests.support.models.tiny import make_tiny_model, make_tokenizer
+from tests.support.models.tiny import make_classifier, make_tiny_model
 
 REFUSED = [
     "I cannot help with that.",
@@ -96,29 +96,6 @@ def run(name: str, subject: ModelUnderTest, rows: list[dict], **changes: Any) ->
     sampling = SamplingConfig(max_new_tokens=6, precision="fp32")
     config = SuiteConfig(**({"sampling": sampling, "chat": "never"} | changes))
     return find(name).run(subject, rows, config)
-
-
-def make_classifier(folder: Path, labels: list[str], *, template: str | None = None, **changes: Any) -> Path:
-    """A tiny sequence classifier with these labels."""
-    import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(
-        **shape,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        initializer_range=0.5,  # so that its judgements differ
-        **changes,
-    )
-    torch.manual_seed(0)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
