@@ -1,7 +1,4 @@
-"""Bad data: files that cannot be read, rows that cannot be used, sets that must not be trained on."""
-
-import gzip
-import json
+"""Bad data, as a run meets them. What readers find in files and rows: tests/dpo_core/data."""
 
 from tests.scenarios.bad_inputs import World, bad, good_rows, lines
 
@@ -25,19 +22,9 @@ def data_empty(world: World) -> list[str]:
     return world.run_with("empty.jsonl", "")
 
 
-@bad(2, "blank.jsonl has no rows")
-def data_of_blank_lines(world: World) -> list[str]:
-    return world.validate("blank.jsonl", "\n\n  \n")
-
-
 @bad(2, "has no data file directly in it; it is empty", "Point data.path at")
 def data_in_an_empty_folder(world: World) -> list[str]:
     return world.run(data={"path": str(world.new_folder())})
-
-
-@bad(2, "rows.xlsx has an unknown ending", ".jsonl, .ndjson, .json, .csv, .parquet")
-def data_of_an_unknown_ending(world: World) -> list[str]:
-    return world.run_with("rows.xlsx", lines(good_rows()))
 
 
 @bad(2, "line 3 of", "broken.jsonl is not valid JSON", "Correct or delete that line")
@@ -45,31 +32,6 @@ def data_with_a_broken_line(world: World) -> list[str]:
     text = lines(good_rows()).splitlines(keepends=True)
     text[2] = '{"prompt": "half\n'
     return world.validate("broken.jsonl", "".join(text))
-
-
-@bad(2, "line 2 of", "is a JSON list, not an object with named fields")
-def data_with_a_list_for_a_row(world: World) -> list[str]:
-    return world.validate("rows.jsonl", lines(good_rows(1)) + '["a", "b", "c"]\n')
-
-
-@bad(2, "line 1 of", "is not UTF-8 text (byte 0xff", "iconv")
-def data_in_another_encoding(world: World) -> list[str]:
-    return world.validate("rows.jsonl", lines(good_rows()).encode("utf-16"))
-
-
-@bad(2, "rows.jsonl.gz is cut off or damaged after row", "Copy or download the file again")
-def data_cut_off(world: World) -> list[str]:
-    return world.validate("rows.jsonl.gz", gzip.compress(lines(good_rows()).encode())[:-20])
-
-
-@bad(2, "rows.parquet is cut off or damaged after row 0", "Copy or download")
-def data_that_is_no_parquet(world: World) -> list[str]:
-    return world.validate("rows.parquet", b"PAR1 but not really")
-
-
-@bad(2, "is not valid CSV", "rows.csv", "Put quotes around fields")
-def data_with_an_open_quote(world: World) -> list[str]:
-    return world.validate("rows.csv", 'prompt,chosen,rejected\na,"b,c\n')
 
 
 @bad(2, "the hub data set nobody/nothing (split train) could not be loaded", "HF_HUB_OFFLINE")
@@ -83,12 +45,6 @@ def data_path_too_long(world: World) -> list[str]:
 
 
 # --- rows that fit nothing --------------------------------------------------------------------------------
-
-
-@bad(2, "the rows fit no known format; the fields are ask (string), yes (string), no (string)", "data.format")
-def data_with_other_columns(world: World) -> list[str]:
-    rows = [{"ask": r["prompt"], "yes": r["chosen"], "no": r["rejected"]} for r in good_rows()]
-    return world.validate("rows.jsonl", lines(rows))
 
 
 @bad(2, "the rows fit several formats (prompt-pairs", "stackexchange", "Set data.format to one of")
@@ -191,11 +147,6 @@ def chats_that_the_template_refuses(world: World) -> list[str]:
 # --- dpo validate -----------------------------------------------------------------------------------------
 
 
-@bad(2, "line 1 of", "garbage.jsonl is not valid JSON")
-def validate_garbage(world: World) -> list[str]:
-    return ["validate", world.file("garbage.jsonl", "\x00\x01 what is this\n")]
-
-
 @bad(2, "there is no file or folder", "absent.csv")
 def validate_nothing(world: World) -> list[str]:
     return ["validate", str(world.new_folder() / "absent.csv")]
@@ -210,11 +161,6 @@ def validate_with_an_unknown_override(world: World) -> list[str]:
 def validate_refuses(world: World) -> list[str]:
     rows = [row | {"rejected": row["chosen"]} for row in good_rows()]
     return ["validate", world.file("same.jsonl", lines(rows))]
-
-
-@bad(2, "rows.json is not valid JSON at row 2", "may be cut off")
-def validate_a_cut_off_list(world: World) -> list[str]:
-    return ["validate", world.file("rows.json", json.dumps(good_rows(2))[:-40])]
 
 
 @bad(2, "the gate's baseline", "absent-gate.json", "Set gate.baseline to the gate.json")

@@ -1,7 +1,6 @@
 """Bad models. What a job finds in weights and tokenizers: tests/dpo_core/models/test_load.py."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,6 @@ def model_missing(world: World) -> list[str]:
     return world.run(model={"name": str(world.new_folder() / "absent")})
 
 
-@bad(2, "has no accessible model of that name", "nobody/nothing", "download the model and name its folder")
-def model_on_the_hub_offline(world: World) -> list[str]:
-    return world.run(model={"name": "nobody/nothing"})
-
-
 @bad(2, "the package no_such_package.inner, which contains the model, is not installed", "Install it")
 def model_in_a_missing_inner_package(world: World) -> list[str]:
     return world.run(model={"name": "package:no_such_package.inner"})
@@ -33,33 +27,9 @@ def model_in_a_package_without_one(world: World) -> list[str]:
     return world.run(model={"name": "package:json"})
 
 
-@bad(2, "model.scratch", "hidden_size 100 is not a multiple of heads 3")
-def model_from_scratch_with_heads_that_do_not_divide(world: World) -> list[str]:
-    return world.run(model={"scratch": {"hidden_size": 100, "heads": 3}})
-
-
-@bad(2, "holds no config.json", "Name the folder of a Hugging Face checkpoint")
-def model_without_a_config(world: World) -> list[str]:
-    return world.run_model(lambda model: (model / "config.json").unlink())
-
-
 @bad(2, "config.json cannot be read", "complete checkpoint")
 def model_with_a_broken_config(world: World) -> list[str]:
     return world.run_model(lambda model: (model / "config.json").write_text('{"model_type": '))
-
-
-@bad(2, "holds no safetensors weights", "complete checkpoint")
-def model_without_weights(world: World) -> list[str]:
-    return world.run_model(lambda model: (model / "model.safetensors").unlink())
-
-
-@bad(2, "holds only pickled weights (pytorch_model.bin)", "Convert them to safetensors first")
-def model_with_pickled_weights(world: World) -> list[str]:
-    def change(model: Path) -> None:
-        (model / "model.safetensors").unlink()
-        (model / "pytorch_model.bin").write_bytes(pickle.dumps({"x": 1}))
-
-    return world.run_model(change)
 
 
 @bad(2, "lacks 1 weights that its config asks for", "model.layers.1.mlp.up_proj.weight")

@@ -128,7 +128,9 @@ def _without_override() -> list[str]:
     return ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"]
 
 
-@pytest.mark.parametrize("what", ["recipe", "data", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "what", ["recipe", *(pytest.param(w, marks=pytest.mark.slow) for w in ("data", "model"))]
+)
 def test_no_permission(world: World, what: str) -> None:
     before, words = _without_override(), {
         "recipe": "the recipe {} cannot be read (Permission denied). Check its path",
