@@ -125,6 +125,10 @@ def _train_and_measure_study(context: Context, prepared: Prepared, keep: RecordR
             prepared.judged,
             EvaluationSettings(config, recipe.tokens, recipe.seed, recipe.reward.source),
         )
+        if recipe.suites.names:
+            labelled, name = context.labelled(label), label.strip()
+            reference, pairs = prepared.reference, prepared.pairs
+            keep(evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, recipe.tokens))
         return keep(result)
 
     samples = recipe.evaluate.samples_per_prompt

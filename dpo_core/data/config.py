@@ -81,6 +81,9 @@ class DataConfig(Config):
     scenes: int | None = Field(default=None, ge=2, exclude_if=lambda count: count is None)
     """Number of generated prompts of each category, for images of the world of scenes, in place of a path."""
 
+    held_out_content: bool = Field(default=False, exclude_if=lambda held_out: not held_out)
+    """With `scenes`: no prompt names a ring, purple or four of a kind, which the suites do name."""
+
     seed: int = Field(default=0, ge=0)
     """Seed of samples, of the split and of the generated prompts."""
 
@@ -118,6 +121,10 @@ class DataConfig(Config):
             raise ValueError(
                 "data.eval_split has no effect, because there is no data.eval_path. Set that, or remove "
                 "data.eval_split"
+            )
+        if self.held_out_content and self.scenes is None:
+            raise ValueError(
+                "data.held_out_content has no effect, because there are no data.scenes. Remove it"
             )
         weighted = [source.weight is not None for source in self.mixture or ()]
         if any(weighted) and not all(weighted):

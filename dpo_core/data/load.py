@@ -5,7 +5,7 @@ from dpo_core.data.demo.reviews import review_openings
 from dpo_core.data.layouts.fields import PromptFields
 from dpo_core.data.mixture import load_mixture
 from dpo_core.data.records import Loaded, load_source, subsample, to_frame
-from dpo_core.images.prompts import PROMPT_FILES, records
+from dpo_core.images.prompts import ALL, HELD_OUT, PROMPT_FILES, records
 from dpo_core.images.records import Record, read_record
 
 
@@ -32,7 +32,8 @@ def load(config: DataConfig) -> Loaded:
 def own_records(config: DataConfig) -> list[Record]:
     """The generated records, without those that the suite `scenes` asks for."""
     asked = {read_record(line).prompt for line in PROMPT_FILES["comp"].read_text().splitlines()}
-    drawn = records("comp", (config.scenes or 0) + len(asked), config.seed)
+    content = HELD_OUT if config.held_out_content else ALL
+    drawn = records("comp", (config.scenes or 0) + len(asked), config.seed, content)
     tags: dict[str, list[Record]] = {}
     for record in drawn:
         if record.prompt not in asked:

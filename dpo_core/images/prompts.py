@@ -190,6 +190,17 @@ PROMPT_FILES: dict[Domain, Path] = {
 """The prompts that the suites ask for, in the form of GenEval's metadata."""
 
 
+def within(record: Record, content: Content) -> bool:
+    """Whether a prompt speaks only of this content."""
+    return all(
+        w.name in content.shapes
+        and (w.color is None or w.color in content.colors)
+        and (w.texture is None or w.texture in content.textures)
+        and (w.count == 1 or w.count in content.counts)
+        for w in record.include
+    )
+
+
 def captioned_scenes(count: int, seed: int, wrong: float) -> Iterator[tuple[Record, list[Thing]]]:
     """Scenes of both domains with captions, of which the share `wrong` tells something else than is shown."""
     rng = random.Random(f"{seed} scenes")

@@ -32,7 +32,7 @@ class Resampling:
                     self.points.setdefault((policy, point.setting), []).append(point)
         for points in self.points.values():
             points.sort(key=lambda point: point.seed)
-        self._prompts_RP = _weights(study.prompts, study.prompts, study.resamples, rng)
+        self._prompts_RP = weights(study.prompts, study.prompts, study.resamples, rng)
         self._seeds_RS: dict[tuple[int, ...], Floats] = {}
         self.reward_R: dict[Setting, Floats] = {}
         self.kl_R: dict[Setting, Floats] = {}
@@ -42,7 +42,7 @@ class Resampling:
             seeds = tuple(point.seed for point in points)
             if seeds not in self._seeds_RS:
                 drawn = max(1, len(seeds) - 1)
-                self._seeds_RS[seeds] = _weights(len(seeds), drawn, study.resamples, rng)
+                self._seeds_RS[seeds] = weights(len(seeds), drawn, study.resamples, rng)
             weights_RS = self._seeds_RS[seeds]
             self.reward_R[setting] = self._mean(weights_RS, [p.rewards_P for p in points])
             self.kl_R[setting] = self._mean(weights_RS, [p.kl_P for p in points])
@@ -78,7 +78,7 @@ class Resampling:
         return mean_R
 
 
-def _weights(items: int, drawn: int, resamples: int, rng: np.random.Generator) -> Floats:
+def weights(items: int, drawn: int, resamples: int, rng: np.random.Generator) -> Floats:
     """(R, items): the weight of each item, equal in the first row, `drawn` with replacement in the rest."""
     counts = rng.multinomial(drawn, np.full(items, 1 / items), resamples) / drawn
     return np.concatenate([np.full((1, items), 1 / items), counts])

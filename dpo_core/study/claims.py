@@ -27,6 +27,10 @@ DIRECT, RLHF = "DPO", ("PPO", "PPO-GT")
 DOMINATES = "dominates"
 """Verb of the claim that a study's headline states."""
 TOKEN_LEVEL = ("TDPO1", "TDPO2", "f-DPO")
+DOMAINS = (("scenes", DIRECT, "GRPO", 0.1153), ("scenes_gen", "GRPO", DIRECT, 0.0242))
+"""Tong et al. 2025 (arXiv 2505.17017): DPO is ahead on the kind of prompts that it was trained on, GRPO on
+others."""
+DOMAIN_WORDS = {"scenes": "in domain", "scenes_gen": "out of domain"}
 
 Verdict = Literal["supported", "contradicted", "undecided", "not measured"]
 
@@ -47,7 +51,30 @@ def claims(study: Study, summary: StudySummary) -> list[Claim]:
     if study.base == DIRECT:  # compute and diversity are compared with the first policy's
         judged += [_compute(summary)] if RLHF[0] in named else []
         judged += [claim for name in TOKEN_LEVEL if name in named for claim in _diversity(summary, name)]
-    return judged + ([_few_samples(summary)] if named.issuperset(FEW) else [])
+    judged += [_few_samples(summary)] if named.issuperset(FEW) else []
+    return judged + ([claim for row in DOMAINS if (claim := _on_suite(summary, *row))])
+
+
+def _on_suite(summary: StudySummary, suite: str, policy: str, other: str, limit: float) -> Claim | None:
+    """Supported: the whole interval of the relative difference is at or above the claimed one."""
+    key = (suite, policy, other)
+    found = [row for row in summary.suite_differences if (row.suite, row.policy, row.other) == key]
+    if not found:
+        return None
+    (row,) = found
+    settings = {r.policy: r.setting for r in summary.suites if r.suite == suite}
+    text = f"{policy} ({settings[policy]}) minus {other} ({settings[other]}): {_words(row.difference)}"
+    verdict: Verdict = "undecided"
+    if row.relative is not None:
+        text += f", {row.relative.value:+.1%} [{row.relative.low:+.1%} to {row.relative.high:+.1%}]"
+        if row.fewest_seeds >= SEEDS:
+            verdict = _at_least(row.relative.low, row.relative.high, limit)
+    return Claim(
+        claim=f"{policy} scores higher than {other} {DOMAIN_WORDS[suite]}",
+        claimed=f"{limit:+.2%}",
+        found=f"{text}; {row.fewest_seeds} seeds",
+        verdict=verdict,
+    )
 
 
 def _dominates(summary: StudySummary, rival: str) -> Claim:

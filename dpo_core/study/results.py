@@ -128,6 +128,30 @@ class GainRatio(Config):
     """Share of those resamples."""
 
 
+class SuiteRow(Config):
+    """A policy on a suite, at the setting with the best reward on the study's own prompts."""
+
+    suite: str
+    policy: str
+    setting: str
+    score: Estimate
+    gain: Estimate
+    """Over the reference, paired on the items."""
+    seed_gains: SeedRange
+
+
+class SuiteDifference(Config):
+    """One policy's score on a suite minus another's, on the same items."""
+
+    suite: str
+    policy: str
+    other: str
+    difference: Estimate
+    relative: Estimate | None
+    """0.1 means a score 10 % above the other's; None where that is 0 in a resample."""
+    fewest_seeds: int
+
+
 class BestOfRow(Config):
     """The best of n samples of the reference."""
 
@@ -155,6 +179,8 @@ class StudySummary(Config):
     diversity: list[DiversityDifference]
     gains: list[GainRatio]
     best_of: list[BestOfRow]
+    suites: list[SuiteRow] = Field(default_factory=list, exclude_if=lambda rows: not rows)
+    suite_differences: list[SuiteDifference] = Field(default_factory=list, exclude_if=lambda rows: not rows)
 
     def policy(self, name: str) -> PolicySummary | None:
         """The row of that policy; None if there is none."""

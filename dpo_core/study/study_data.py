@@ -48,6 +48,8 @@ class Point(Config):
     cost: PolicyCost
     shared_cost: dict[str, float] = Field(default_factory=dict)
     """FLOPs of the stages that other policies share, by stage; part of `cost`."""
+    suites: dict[str, list[float]] = Field(default_factory=dict, exclude_if=lambda suites: not suites)
+    """The main measure of each item of each suite, in the order of `Study.suites`."""
 
 
 class BestOf(Config):
@@ -72,6 +74,8 @@ class Study(Config):
     reference_distinct_2: float
     reference_distinct_1: float | None = None
     reference_length: float | None = None
+    suites: dict[str, list[float]] = Field(default_factory=dict, exclude_if=lambda suites: not suites)
+    """The reference's main measure of each item of each suite."""
     best_of: list[BestOf] = Field(default_factory=list)
     points: list[Point] = Field(default_factory=list)
     kl_at: list[float] = Field(default_factory=lambda: [2.0, 5.0, 10.0])

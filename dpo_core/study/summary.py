@@ -27,6 +27,7 @@ from dpo_core.study.results import (
     StudySummary,
 )
 from dpo_core.study.study_data import BestOf, PolicyCost, Study
+from dpo_core.study.suites import suite_rows
 
 GAIN_SHARES = (0.5, 0.9)
 FEW = ("Pre-DPO, few", "DPO, few")  # the policies of a published claim
@@ -39,6 +40,7 @@ def summarise(study: Study) -> StudySummary:
     policies = study.policies()
     base = study.base
     others = [policy for policy in policies if policy != base]
+    suites, suite_differences = suite_rows(study, resampling)
     return StudySummary(
         prompts=study.prompts,
         seeds=sorted({point.seed for point in study.points}),
@@ -55,6 +57,8 @@ def summarise(study: Study) -> StudySummary:
         diversity=[row for policy in others for row in _diversity(resampling, policy, base)],
         gains=[_gain_ratio(resampling, *FEW)] if _matched(resampling, *FEW) else [],
         best_of=[_best_of_row(resampling, best) for best in study.best_of],
+        suites=suites,
+        suite_differences=suite_differences,
     )
 
 

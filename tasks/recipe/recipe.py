@@ -177,9 +177,8 @@ class Recipe(Config):
         if self.study is not None:
             if self.reward.source is None:
                 raise ValueError("a study compares true rewards: set reward.source")
-            if self.suites.names or self.judge:
-                field = "suites" if self.suites.names else "judge"
-                raise ValueError(f"{field} has no effect, because a study does not use it. Remove it")
+            if self.judge:
+                raise ValueError("judge has no effect, because a study does not use it. Remove it")
             if self.candidate is not None:
                 raise ValueError("candidate has no effect, because a study registers no model. Remove it")
             if self.evaluate.prompts < 2:

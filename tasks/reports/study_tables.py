@@ -13,6 +13,7 @@ def study_tables(study: Study, summary: StudySummary) -> list[Section]:
     every = [
         _policies(summary),
         _differences(study, summary),
+        _suites(summary),
         _settings(study, summary),
         _compute(study, summary),
         _diversity(study, summary),
@@ -144,6 +145,30 @@ def _differences(study: Study, summary: StudySummary) -> Section | None:
         f"{len(summary.kl_at)}). *: beyond the largest KL of one of the two."
     )
     return _section("differences", f"{base} against the others", caption, columns, lines)
+
+
+def _suites(summary: StudySummary) -> Section | None:
+    """Each policy's score on each suite, at the setting that its reward on other prompts chose."""
+    lines = [
+        Line(
+            row.policy,
+            [
+                cell(row.score),
+                cell(row.gain, "gap"),
+                Cell(f"{row.seed_gains.low:+.3f} to {row.seed_gains.high:+.3f}"),
+                Cell(str(row.seed_gains.seeds)),
+            ],
+            hint=row.setting,
+            group=row.suite,
+        )
+        for row in summary.suites
+    ]
+    caption = (
+        "Each policy at the setting with the best reward on the study's own held-out prompts, which are not "
+        "those of the suites. Intervals resample items and seeds."
+    )
+    columns = ["Score", "Gain over the reference", "Gain by seed", "Seeds"]
+    return _section("suites", "Suites", caption, columns, lines)
 
 
 def _compute(study: Study, summary: StudySummary) -> Section | None:

@@ -104,12 +104,17 @@ def read_measurement(manifest: Manifest) -> Measurement:
 
 
 def point_of(
-    node: PlannedPolicy, trained: Manifest, measured: Manifest, needed: Mapping[str, Manifest]
+    node: PlannedPolicy,
+    trained: Manifest,
+    measured: Manifest,
+    needed: Mapping[str, Manifest],
+    suites: Mapping[str, list[float]],
 ) -> Point:
     """A policy as a point of the study.
 
     Args:
         needed: artifacts made after the reference that its training needed, by name.
+        suites: its main measure of each item of each suite.
     """
     measurement = read_measurement(measured)
     costs = [facts_of(manifest, Facts) for manifest in (trained, *needed.values())]
@@ -126,5 +131,6 @@ def point_of(
         rewards_P=np.mean(measurement.rewards_PS, axis=1).tolist(),
         cost=cost,
         shared_cost={name: facts_of(m, Facts).flops or 0.0 for name, m in needed.items()},
+        suites=dict(suites),
         **measurement.model_dump(exclude={"rewards_PS"}),
     )

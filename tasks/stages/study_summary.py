@@ -12,6 +12,7 @@ from tasks.reports.study_report import StudyReport, headline, study_document, st
 from tasks.runs.record import StartTime
 from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.measure import MEASURE, point_of, read_measurement
+from tasks.stages.suites import SUITES, load_suites
 from tasks.stages.summary import cost_of, run_info, stage_row
 from tasks.stages.training import TrainedPolicy
 from tasks.store.files import run_folder
@@ -64,7 +65,11 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
     rewards_PS = np.asarray(base.rewards_PS)
     points = [
         point_of(
-            policy.node, policy.manifest, stages[MEASURE.name + policy.node.label].manifest, policy.needed
+            policy.node,
+            policy.manifest,
+            stages[MEASURE.name + policy.node.label].manifest,
+            policy.needed,
+            _suite_values(stages, policy.node.label),
         )
         for policy in trained
     ]
@@ -77,9 +82,19 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
         reference_distinct_1=base.distinct_1,
         reference_distinct_2=base.distinct_2,
         reference_length=base.length,
+        suites=_suite_values(stages, f" {REFERENCE}"),
         best_of=best_of_n(rewards_PS, config.best_of) if config.best_of else [],
         points=points,
         kl_at=config.kl_at,
         drawn=[name for name in recipe.policies if name not in config.hidden],
         seed=recipe.seed,
     )
+
+
+def _suite_values(stages: Mapping[str, StageResult], label: str) -> dict[str, list[float]]:
+    """The first measure of each suite, which is its main one, item by item; empty without suites."""
+    result = stages.get(SUITES.name + label)
+    if result is None:
+        return {}
+    results = load_suites(result.manifest)
+    return {r.suite: [item.values[r.measures[0].name] for item in r.items] for r in results}

@@ -21,6 +21,8 @@ class ImageCodes:
     """Codes of an image, which has no end token."""
     codec: str
     """The world or the decoder that turns codes into pixels; see `dpo_core.images.codec`."""
+    opening: int
+    """The token that ends each prompt and opens the image: codes find their row and column by it."""
 
     def ids(self, text: str) -> tuple[int, ...]:
         """The codes of an image's canonical text.
@@ -37,8 +39,8 @@ class ImageCodes:
         return tuple(map(int, words))
 
     def null_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The prompt that says nothing, for guidance: the token that begins a prompt."""
-        return tuple(prompt[:1])
+        """The prompt that says nothing, for guidance: the tokens that begin a prompt and open the image."""
+        return prompt[0], self.opening
 
 
 def image_codes(holder: Any) -> ImageCodes | None:

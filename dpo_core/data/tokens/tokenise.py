@@ -71,7 +71,9 @@ class Tokenise:
                     f"the prompt {text!r} has words that the model does not know",
                     "Use prompts of the words that it was trained on",
                 )
-            return tuple(ids if budget is None else _keep_end(ids, budget, len(self.codec.begin)))
+            end = (self.images.opening,) if self.images else ()
+            room = None if budget is None else budget - len(end)
+            return (*(ids if room is None else _keep_end(ids, room, len(self.codec.begin))), *end)
         listed = json.loads(tools) if tools else None
         if budget is not None:
             cut = self._cut(turns, listed, budget)

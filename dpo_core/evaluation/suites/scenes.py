@@ -17,7 +17,7 @@ from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.rows import Row, sample_rows
 from dpo_core.images.codec import pixels_of
-from dpo_core.images.prompts import PROMPT_FILES, Domain
+from dpo_core.images.prompts import HELD_OUT, PROMPT_FILES, Domain, within
 from dpo_core.images.records import read_record, requirements
 from dpo_core.images.scenes import clutter, detect
 
@@ -28,6 +28,9 @@ SCORE = MeasureSpec(
     name="score", label="correct images, mean over the categories", kind="mean", by_subset=False
 )
 CORRECT = MeasureSpec(name="correct", label="correct images")
+HELD_OUT_CONTENT = MeasureSpec(
+    name="held_out", label="correct images of a ring, purple or four of a kind", by_subset=False
+)
 CLUTTER = MeasureSpec(name="clutter", label="painted pixels outside of objects", better="neither")
 
 
@@ -64,14 +67,15 @@ def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outc
             # So weighted, the mean over the prompts is the mean over the categories' means.
             "score": correct * len(records) / len(tags) / tags[record.tag],
             "correct": correct,
+            **({} if within(record, HELD_OUT) else {"held_out": correct}),
             "clutter": sum(clutter(pixels[i], found[i]) for i in own) / len(own),
         }
         name, answer = chosen[place]["id"], json.dumps([answers[i] for i in own])
         subset, prompt = record.tag, record.prompt
         items.append(Item(id=name, cluster=name, subset=subset, prompt=prompt, answer=answer, values=values))
     settings = {"samples": config.samples, "sampling": config.sampling.model_dump(mode="json")}
-    facts = {"images": len(answers)}
-    return Outcome(items=items, specs=[SCORE, CORRECT, CLUTTER], facts=facts, settings=settings)
+    specs = [SCORE, CORRECT, HELD_OUT_CONTENT, CLUTTER]
+    return Outcome(items=items, specs=specs, facts={"images": len(answers)}, settings=settings)
 
 
 _ABOUT: dict[Domain, tuple[str, str, str]] = {

@@ -9,9 +9,9 @@ from dpo_core.images.prompts import records
 from tests.support.runs.training_jobs import curve, write_job
 
 REWARD = """
-def low_codes(prompts, images, metadata):
+def low_codes(prompts, completions, metadata):
     assert all('"include"' in text for text in metadata)
-    return [float(sum(int(code) < 60 for code in image.split())) for image in images]
+    return [float(sum(int(code) < 60 for code in image.split())) for image in completions]
 """
 SAMPLING = {"max_new_tokens": 64, "precision": "fp32"}
 

@@ -42,12 +42,14 @@ def tokenise(scenes_model: Path) -> Tokenise:
 
 
 def test_the_packaged_model_and_prompts_are_those_of_the_world() -> None:
-    facts = {"count": codes(), "length": CELLS * CELLS, "codec": "scenes"}
+    facts = {"count": codes(), "length": CELLS * CELLS, "codec": "scenes", "opening": codes() + 2}
     assert json.loads((FOLDER / "config.json").read_text())["image_codes"] == facts
     assert json.loads((FOLDER / "tokenizer_config.json").read_text())["image_codes"] == facts
     vocabulary = json.loads((FOLDER / "tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(vocabulary, key=vocabulary.get) == [
-        *(f"<{code}>" for code in range(codes())), "<pad>", "<start>", "<end>", "<unknown>", *words(),
+        *(f"<{code}>" for code in range(codes())),
+        "<pad>", "<start>", "<image>", "<end>", "<unknown>",
+        *words(),
     ]  # fmt: skip
     for domain, file in PROMPT_FILES.items():
         asked = [read_record(line) for line in file.read_text().splitlines()]
@@ -119,7 +121,9 @@ def test_guided_samples_have_the_guided_log_probs(
     (drawn,) = sample(model, [prompt], config, eos_id=tokenise.stop_ids, seed=1)
     for place in (0, 1, 30, 63):
         so_far = drawn.ids[:place]
-        given, without = (WholeRows(model, [start + so_far]).logits()[0] for start in (prompt, prompt[:1]))
+        given, without = (
+            WholeRows(model, [start + so_far]).logits()[0] for start in (prompt, (prompt[0], prompt[-1]))
+        )
         logps = torch.log_softmax(without + guidance * (given - without), -1)
         assert float(logps[drawn.ids[place]]) == pytest.approx(drawn.logps[place], abs=1e-4)
 
