@@ -4,7 +4,6 @@ Objects of four shapes and four colours, all solid, one or two in an image; prom
 counts and places.
 """
 
-import io
 import random
 from collections.abc import Iterator, Sequence
 
@@ -67,15 +66,6 @@ def graded(asked: Sequence[Record], images_N: Pixels) -> list[float]:
         ]
         found.append(float(np.mean(wanted)))
     return found
-
-
-def as_png(pixels: Pixels) -> bytes:
-    """A PNG file of an image (H, W, 3)."""
-    from PIL import Image  # noqa: PLC0415 - only runs with images need it
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def _solid(things: Sequence[Thing], rng: random.Random) -> list[Thing]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_core.images.solid import as_png, captioned
+from dpo_core.images.codec import as_png
+from dpo_core.images.solid import captioned
 from dpo_core.jobs.files import SceneCaptionsJob
 from dpo_core.models.scene_denoiser import make_scene_denoiser
 from dpo_core.ranks import JobRanks

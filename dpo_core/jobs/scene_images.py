@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dpo_core.images.codec import as_png
 from dpo_core.images.records import Record, requirements
 from dpo_core.images.scenes import Pixels, clutter, detect
-from dpo_core.images.solid import as_png, graded, prompts
+from dpo_core.images.solid import graded, prompts
 from dpo_core.jobs.files import SceneImagesJob
 from dpo_core.models.denoiser import load_denoiser
 from dpo_core.ranks import JobRanks
