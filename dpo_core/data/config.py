@@ -84,6 +84,10 @@ class DataConfig(Config):
     held_out_content: bool = Field(default=False, exclude_if=lambda held_out: not held_out)
     """With `scenes`: no prompt names a ring, purple or four of a kind, which the suites do name."""
 
+    images: str | None = Field(default=None, min_length=1, exclude_if=lambda folder: folder is None)
+    """Folder in which the paths of images begin (empty: that of the data), and in which images that the rows
+    hold are kept, by their digests."""
+
     seed: int = Field(default=0, ge=0)
     """Seed of samples, of the split and of the generated prompts."""
 

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from dpo_core.data.config import Format, Pairing, SourceConfig
 from dpo_core.data.formats import ADAPTERS, SAMPLE_ROWS, recognise
 from dpo_core.data.layouts.fields import (
     Fault,
+    ImageFolder,
     Kind,
     PairFields,
     PromptFields,
@@ -23,6 +25,7 @@ from dpo_core.data.layouts.messages import SYSTEM_NAMES
 from dpo_core.data.layouts.rankings import pairs_of
 from dpo_core.data.layouts.structured import columns_of_source, is_conversation, parse_source
 from dpo_core.errors import DataError
+from dpo_core.images.files import names_image, pair_fault
 
 # Columns that change the meaning of a row: it is an error if they are not read.
 _MATTER = {
@@ -50,11 +53,28 @@ def faulty_record(kind: Kind, why: str) -> Record:
     return _EMPTY[kind]._replace(fault=why)
 
 
+def _with_sound_images(record: Record) -> Record:
+    """The record, or a fault where it is a pair of images that breaks one of their rules."""
+    if not isinstance(record, PairFields) or not names_image(record.chosen):
+        return record
+    fault = pair_fault(record.chosen, record.rejected)
+    return faulty_record("pairs", fault) if fault else record
+
+
 class Converter:
     """Converts the chunks of one source in order. The first chunk decides the format of all."""
 
-    def __init__(self, source: SourceConfig, pairing: Pairing, *, by_column: bool = False) -> None:
+    def __init__(
+        self,
+        source: SourceConfig,
+        pairing: Pairing,
+        *,
+        by_column: bool = False,
+        images: str | None = None,
+    ) -> None:
         self.source, self.pairing = source, pairing
+        place = Path(images or source.path).expanduser()
+        self.images = ImageFolder(place.parent if place.is_file() else place, keeps=images is not None)
         self.by_column = by_column
         """Whether the split of a row is given by its column `split` instead of its file."""
         self.name: Format | None = None if source.format == "auto" else source.format
@@ -188,6 +208,7 @@ class Converter:
             made = []
         else:
             made = [(converted, number)]
+        made = [(_with_sound_images(record), where) for record, where in made]
         for record, _ in made:
             self._kinds[record.chat] += 1
         return made
@@ -204,7 +225,7 @@ class Converter:
         for name in self._as_source:
             if name not in parsed and str(row.get(name) or "").lstrip().startswith(("[", "{")):
                 raise Fault(f"{name} holds JSON or Python source that cannot be parsed")
-        source = SourceRow(readable, number, as_chat=self._as_chat)
+        source = SourceRow(readable, number, as_chat=self._as_chat, images=self.images)
         converted = ADAPTERS[self.format].convert(source)
         unread = source.unread()
         for name in unread:

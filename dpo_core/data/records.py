@@ -117,7 +117,7 @@ def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = 
         DataError: it cannot be read, its format is not recognised, or all rows are ties.
     """
     by_column = source.split is not None and not names_splits(source.path)
-    converter = Converter(source, config.pairs, by_column=by_column)
+    converter = Converter(source, config.pairs, by_column=by_column, images=config.images)
     files: list[str] = []
     tables = []
     for first, rows in read_rows(source.path, source.split, evaluation=evaluation, remarks=files):

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.images.files import read_bytes
 from dpo_core.images.noise import Noise
 from dpo_core.methods.diffusion import DISPLACED_ERROR, DiffusionConfig
 from dpo_core.methods.job import Job
@@ -324,17 +325,19 @@ def encode(denoiser: Denoiser, rows: Sequence[dict[str, Any]], config: Diffusion
 
     Args:
         rows: {id, prompt, chosen, rejected}, or for objectives on single images also {id, prompt, image,
-            label}; images are the bytes of PNG or JPEG files.
+            label}; images are the bytes of PNG or JPEG files, or name them as canonical rows do.
     """
     flat: list[tuple[str, str, tuple[bytes, ...], bool]] = []
     for row in rows:
         if "image" in row:
-            flat.append((row["id"], row["prompt"], (row["image"],), bool(row["label"])))
+            flat.append((row["id"], row["prompt"], (_content(row["image"]),), bool(row["label"])))
         elif config.on_pairs:
-            flat.append((row["id"], row["prompt"], (row["chosen"], row["rejected"]), True))
+            flat.append(
+                (row["id"], row["prompt"], (_content(row["chosen"]), _content(row["rejected"])), True)
+            )
         else:
             flat += [
-                (f"{row['id']}/{side}", row["prompt"], (row[side],), side == "chosen")
+                (f"{row['id']}/{side}", row["prompt"], (_content(row[side]),), side == "chosen")
                 for side in ("chosen", "rejected")
             ]
     if config.on_pairs and any(len(images) == 1 for _, _, images, _ in flat):
@@ -348,6 +351,10 @@ def encode(denoiser: Denoiser, rows: Sequence[dict[str, Any]], config: Diffusion
         ImageExample(name, tuple(latents[image] for image in images), texts[prompt], good)
         for name, prompt, images, good in flat
     ]
+
+
+def _content(image: bytes | str) -> bytes:
+    return read_bytes(image) if isinstance(image, str) else image
 
 
 def _by_value(function: Any, values: Sequence[Any]) -> dict[Any, Tensor]:

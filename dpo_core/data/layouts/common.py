@@ -267,7 +267,7 @@ def is_prompts(row: Row) -> bool:
     # A message of a tree or of a log: its speaker may be the assistant.
     if answered or tree or "parent_id" in row or ROLE_COLUMNS & row.keys():
         return False
-    if has(row, "tag", "include"):  # what the image of a prompt must show
+    if has(row, "tag", "include") or has(row, "file_path", "human_preference"):  # of images
         return False
     prompt = row.get("prompt")
     return isinstance(prompt, str | list) or is_turns(prompt) or isinstance(row.get("text"), str)

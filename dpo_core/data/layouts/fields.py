@@ -5,6 +5,7 @@ An adapter raises `Fault` for a row that it cannot use. Such a row is kept with 
 
 import json
 import math
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpo_core.data.row import UNREADABLE, Row
@@ -77,12 +78,23 @@ class Ranked(NamedTuple):
     scored: bool = True
 
 
+class ImageFolder(NamedTuple):
+    """The folder in which paths of images begin."""
+
+    path: Path
+    keeps: bool
+    """Whether images that rows hold as bytes are kept there."""
+
+
 class SourceRow(Row):
     """A row that records which of its columns were read, and collects remarks."""
 
-    def __init__(self, row: Row, number: int = 0, *, as_chat: bool = False) -> None:
+    def __init__(
+        self, row: Row, number: int = 0, *, as_chat: bool = False, images: "ImageFolder | None" = None
+    ) -> None:
         super().__init__(row)
         self.number = number
+        self.images = images or ImageFolder(Path(), keeps=False)
         self.as_chat = as_chat
         """Whether a text prompt becomes a user turn, because other rows of the set have a system text."""
         self.was_read: set[str] = set()
