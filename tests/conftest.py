@@ -14,7 +14,7 @@ import yaml
 
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.forked import job_servers, start_server
-from tests.support.runs.tiny_run import SERVER, Bench, prefect_address, tiny_recipe
+from tests.support.runs.tiny_run import SERVER, Bench, start_prefect, tiny_recipe
 
 # Set before any test imports the packages that read them.
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -63,7 +63,7 @@ def _group(file: Path) -> str:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Workers of pytest-xdist share one Prefect server, which their controller starts."""
-    node.workerinput[SERVER] = prefect_address()
+    node.workerinput[SERVER] = start_prefect()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,9 +72,10 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
     os.environ["OMP_NUM_THREADS"] = (
         "1"  # they share the cores out; threads that wait for each other cost more
     )
-    worker = Path(__file__).parent / "support" / "runs" / "worker.py"
+    worker, address = Path(__file__).parent / "support" / "runs" / "worker.py", start_server()
+    start_prefect()  # while the libraries are loaded
     for spec in specs:
-        spec.python = shlex.join([sys.executable, str(worker), start_server()])
+        spec.python = shlex.join([sys.executable, str(worker), address])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import httpx
 import yaml
 
 from tests.support.runs import forked
@@ -66,16 +67,20 @@ def tiny_recipe(model: Path, workspace: Path) -> dict:
 
 
 @functools.cache
-def prefect_address() -> str:
-    """A Prefect server that all runs share: starting one takes longer than a tiny stage."""
-    if SERVER in os.environ:
-        return os.environ[SERVER]
+def start_prefect() -> str:
+    """Start the Prefect server that all runs share; its address, whose requests wait until it is up."""
     from flows.process.temporary_server import TemporaryServer
 
     with patch.dict(os.environ, PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-")):
-        server = TemporaryServer()
-    server.wait()
-    return server.address
+        return TemporaryServer().address
+
+
+@functools.cache
+def prefect_address() -> str:
+    """The Prefect server that all runs share, up: starting one takes longer than a tiny stage."""
+    address = os.environ.get(SERVER) or start_prefect()
+    httpx.get(f"{address}/health", timeout=600).raise_for_status()
+    return address
 
 
 @dataclass
