@@ -38,7 +38,7 @@ PROCESSES.set_forkserver_preload(["tests.support.runs.preload"])
 
 def start_server() -> str:
     """Start the process that tests fork from, which loads in the background; its address."""
-    server: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = multiprocessing.forkserver._forkserver
     server.ensure_running()
     return str(server._forkserver_address)
 

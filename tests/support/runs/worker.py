@@ -12,7 +12,7 @@ from typing import Any
 
 def join_server(address: str) -> None:
     """Let this process fork from the server at an address, which another process started and ends."""
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver
     server.ensure_running = resource_tracker.ensure_running
     server._forkserver_address = address
     server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
