@@ -59,7 +59,8 @@ def share_trials(model: nn.Module, trials: dict[str, dict[Any, Any]]) -> None:
     Args:
         trials: those of the checkpoints before, which must be on the same device; the model's are added.
     """
-    fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    config: Any = model.config
+    fields = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     setattr(model, _TRIED, trials.setdefault(f"{type(model).__qualname__} {fields}", {}))
 
 

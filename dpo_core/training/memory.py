@@ -26,6 +26,7 @@ from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import hidden_of, token_scores
 from dpo_core.scoring.cpu_attention import DocumentParts
 from dpo_core.scoring.layout import Layout, Pack
+from dpo_core.scoring.precision import Precision
 from dpo_core.training.engine import EngineConfig
 
 # Resident memory before the model is loaded: Python, PyTorch, transformers, DeepSpeed and their libraries
@@ -178,7 +179,7 @@ class _Pass:
     config: Any = field(compare=False)
     layout: Layout = field(compare=False)
     parts: DocumentParts | None = field(compare=False)
-    precision: str
+    precision: Precision
     checkpointing: bool
     model: str
     """Architecture and configuration."""

@@ -49,7 +49,7 @@ class SuiteRequest:
     @cached_property
     def keys(self) -> dict[Place, str]:
         """SHA-256 of everything that decides each result; the suites of a model are consecutive."""
-        common = {
+        common: dict[str, Any] = {
             "reference": source_digest(Path(self.reference.path)) if self.reference else None,
             "config": self.config,
             "classifier": identity(self.config.classifier) if self.config.classifier else None,
