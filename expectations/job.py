@@ -1,5 +1,6 @@
 """The data gate as a job: judge rows with the model's tokenizer, and write those that may go on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pandas as pd
 
 from dpo_core.data.answers import measure_answers
 from dpo_core.data.tokens.tokenise import Tokenise
+from dpo_core.images.files import names_image, read_bytes
+from dpo_core.models.image_codec import texts_of
 from dpo_core.models.load import load_tokenizer
 from dpo_core.ranks import JobRanks
 from expectations.features import Tokenisation
@@ -15,11 +18,13 @@ from expectations.job_file import GateJob
 
 FILE = GateJob
 
+_ENCODED_AT_ONCE = 64
+
 
 def run(job: GateJob, ranks: JobRanks) -> dict[str, Any]:
     """Judge the rows, write those that may go on, and return the report and their counts."""
-    frame = pd.read_parquet(job.rows)
     tokenise = Tokenise(load_tokenizer(Path(job.model)), job.tokens)
+    frame = with_codes(pd.read_parquet(job.rows), tokenise)
     done = 0
 
     def tick(rows: int) -> None:
@@ -52,6 +57,26 @@ def run(job: GateJob, ranks: JobRanks) -> dict[str, Any]:
         "answers_ended": answers and answers.complete,
         **_labels(kept, job.subject),
     }
+
+
+def with_codes(frame: pd.DataFrame, tokenise: Tokenise) -> pd.DataFrame:
+    """The rows of a model of images, with the images that answers name in the model's codes."""
+    if tokenise.images is None:
+        return frame
+    frame = frame.copy()
+    for column in frame.columns.intersection(["chosen", "rejected", "completion"]):
+        named = frame[column].map(names_image)
+        for answers in _chunks(frame.loc[named, column]):
+            files = [read_bytes(answer) for answer in answers]
+            frame.loc[answers.index, column] = texts_of(
+                tokenise.images, files, tokenise.tokenizer.name_or_path
+            )
+    return frame
+
+
+def _chunks(answers: pd.Series) -> Iterator[pd.Series]:
+    for start in range(0, len(answers), _ENCODED_AT_ONCE):
+        yield answers.iloc[start : start + _ENCODED_AT_ONCE]
 
 
 def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:

@@ -1,33 +1,18 @@
-"""Between the codes of an image and its pixels, by the name of the codec in a model's `image_codes`.
+"""Images as Python code and files hold them.
 
-Shapes: N images of H × W pixels with red, green and blue, T codes each.
+Shapes: N images of H × W pixels with red, green and blue.
 """
 
 import io
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_core.errors import ModelError
-from dpo_core.images import scenes
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Pixels = NDArray[np.uint8]
-
-
-def pixels_of(codec: str, texts: Sequence[str]) -> Pixels:
-    """(N, H, W, 3) of images in their canonical text, codes as numbers.
-
-    Raises:
-        ModelError: there is no codec of that name.
-    """
-    if codec != "scenes":
-        raise ModelError(f"there is no codec '{codec}' for the images of the model", "Codecs: scenes")
-    return scenes.decode(np.array([list(map(int, text.split())) for text in texts]))
 
 
 def as_images(pixels: Pixels) -> list["Image"]:

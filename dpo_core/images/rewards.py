@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from dpo_core.images.codec import pixels_of
+import numpy as np
+
 from dpo_core.images.records import Record, Thing, read_record, requirements
-from dpo_core.images.scenes import detect
+from dpo_core.images.scenes import decode, detect
 
 Kind = Literal["exact", "binary", "words"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -35,7 +36,7 @@ class SceneReward:
             completions: images in their canonical text.
             metadata: the prompts' records as JSON.
         """
-        found = detect(pixels_of("scenes", completions))
+        found = detect(decode(np.array([list(map(int, image.split())) for image in completions])))
         return [reward(self.kind, read_record(m), things) for m, things in zip(metadata, found, strict=True)]
 
 

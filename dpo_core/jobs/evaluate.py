@@ -25,9 +25,10 @@ from dpo_core.evaluation.policies import (
     sequence_logps,
 )
 from dpo_core.evaluation.summary import PolicySamples
-from dpo_core.images.codec import as_png, pixels_of
+from dpo_core.images.codec import as_png
 from dpo_core.jobs.files import EvaluationJob
 from dpo_core.jobs.start import device
+from dpo_core.models.image_codec import pixels_of
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import JobRanks, Ranks
 from dpo_core.rewards.ensemble import is_ensemble
@@ -38,7 +39,7 @@ from dpo_core.scoring.model_shape import shape_of
 from dpo_core.scoring.packing_check import share_trials
 
 FILE = EvaluationJob
-_SCALE = 6  # pixels of a page for each of an image of 16 x 16
+_SIDE = 96  # pixels of a page for an image, if it has fewer
 
 
 def run(job: EvaluationJob, ranks: JobRanks) -> dict[str, Any]:
@@ -177,7 +178,8 @@ class _Evaluation:
             by_policy = {}
             for name, drawn in self.samples.items():
                 texts = [t for t, at in zip(drawn.texts, drawn.prompt_index, strict=True) if at == index]
-                files = [as_png(pixels, _SCALE) for pixels in pixels_of(images.codec, texts)]
+                pixels_N = pixels_of(images, texts, self.tokenise.tokenizer.name_or_path)
+                files = [as_png(pixels, max(1, _SIDE // len(pixels))) for pixels in pixels_N]
                 by_policy[name] = [base64.b64encode(file).decode() for file in files]
             shown.append(by_policy)
         return shown

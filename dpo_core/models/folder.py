@@ -11,6 +11,8 @@ from dpo_core.errors import ModelError
 from dpo_core.system import digest_listed
 
 LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
+JANUS = "janus"
+"""The type of model of Janus and Janus-Pro in transformers."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _INDEX = "model.safetensors.index.json"
 # Implementations of attention that come with transformers; others are code that is fetched from the hub.
@@ -51,7 +53,15 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
 
 def makes_images(source: Path) -> bool:
     """Whether the completions of a located model are images."""
-    return source.is_dir() and image_codes(_read(source / "config.json", source)) is not None
+    if not source.is_dir():
+        return False
+    return is_janus(source) or image_codes(_read(source / "config.json", source)) is not None
+
+
+def is_janus(source: Path) -> bool:
+    """Whether a folder holds Janus, whose config names its codes in other words."""
+    file = source / "config.json"
+    return file.is_file() and _read(file, source).get("model_type") == JANUS
 
 
 def _refuse_fetched_code(facts: dict[str, Any], folder: Path) -> None:

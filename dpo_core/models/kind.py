@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from dpo_core.data.tokens.image_codes import image_codes
 from dpo_core.errors import ModelError
 
 USE = "Use a decoder-only language model, such as one of Llama, Qwen, Gemma, Mistral or SmolLM"
@@ -26,6 +27,8 @@ def check_kind(config: Any, source: object) -> bool:
         ModelError: an encoder-decoder, or a model of images or sound that has no text-only class.
     """
     kind = config.model_type
+    if image_codes(config):
+        return False
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{source} is an encoder-decoder ({kind}), and DPO trains decoders", USE)
     parts = " ".join(type(config).sub_configs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import ModelError
 from dpo_core.models.config import ModelConfig
-from dpo_core.models.folder import LOAD_REMEDY, require_safetensors
+from dpo_core.models.folder import JANUS, LOAD_REMEDY, is_janus, require_safetensors
 from dpo_core.models.from_scratch import make_from_scratch, new_tokenizer, scratch_shape
 from dpo_core.models.kind import check_causal, check_kind
 from dpo_core.models.remote_code import is_trusted, trust
@@ -88,7 +88,13 @@ def _config(source: Path, trust_remote_code: bool | None) -> Any:
 
         folder, name = (source.parent, source.name) if source.is_file() else (source, None)
         code = _may_run(source, trust_remote_code)
-        return AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=code)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=code)
+    if config.model_type == JANUS:
+        from dpo_core.models import visual_lm  # noqa: PLC0415 - only for this model
+
+        visual_lm.register()
+        config.image_codes = visual_lm.codes_of(config, folder)
+    return config
 
 
 def _may_run(source: Path, trust_remote_code: bool | None) -> bool:
@@ -123,7 +129,18 @@ def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTr
         raise _cannot_load(source, error, LOAD_REMEDY) from error
     # With the config at hand transformers does not read it twice more.
     arguments |= {"config": config, "allow_unexpected": check_kind(config, source)}
-    return load_weights(AutoModelForCausalLM, source, torch.float32, **arguments)
+    if config.model_type == JANUS:  # its folder's config.json need not name the codes
+        arguments["config"] = config
+    model = load_weights(AutoModelForCausalLM, source, torch.float32, **arguments)
+    if used := used_parameters(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in used)
+    return model
+
+
+def used_parameters(model: Any) -> set[Any] | None:
+    """The weights that decide a model's log-probs, if it has others; those are never trained."""
+    return model.used_parameters() if hasattr(model, "used_parameters") else None
 
 
 def load_weights(
@@ -196,6 +213,10 @@ def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreT
             f"the tokenizer in {source} cannot be loaded: {first_line(error)}",
             _remedy(error, GGUF_REMEDY if gguf else remedy),
         ) from error
+    if is_janus(source):
+        from dpo_core.models import visual_lm  # noqa: PLC0415 - only for this model
+
+        tokenizer = visual_lm.moved(tokenizer, visual_lm.codes_of(_config(source, False), source))
     # Set where HF_HUB_OFFLINE is: saved with the tokenizer, it would make another artifact of the same model.
     tokenizer.init_kwargs.pop("local_files_only", None)
     if tokenizer.eos_token_id is None:
@@ -209,6 +230,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreT
 def check_tokenizer_fits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a tokenizer that can produce ids the model has no embedding for, or that is of another model."""
     rows = model.get_input_embeddings().weight.shape[0]
+    tokenizer = getattr(tokenizer, "original", tokenizer)
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds only {rows}",

@@ -35,7 +35,7 @@ def save_checkpoint(
         state = _cast(model.state_dict(), stored, common) if common else None
         model.save_pretrained(out, state_dict=state)
         model.generation_config = settings
-        tokenizer.save_pretrained(out)
+        getattr(tokenizer, "original", tokenizer).save_pretrained(out)
     if original and original.is_file():
         shutil.copyfile(original, out / _GENERATION)
     if like is not None and common:

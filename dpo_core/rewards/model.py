@@ -10,7 +10,8 @@ from torch import Tensor
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.images.codec import as_images, pixels_of
+from dpo_core.images.codec import as_images
+from dpo_core.models.image_codec import pixels_of
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.ranks import Ranks, SingleRank
@@ -120,7 +121,9 @@ def scorer(
         told = [metadata.get(prompt, "") for prompt in prompts] if metadata else None
 
         def compute(_: int) -> list[float]:
-            images = as_images(pixels_of(made.codec, texts)) if made and sees_images and texts else texts
+            images: list[Any] = list(texts)
+            if made and sees_images and texts:
+                images = as_images(pixels_of(made, texts, tokeniser.tokenizer.name_or_path))
             columns = [f(list(prompts), images if f.sees_images else texts, told) for f in functions]
             return combine(columns, weights, prompts) if is_ensemble(source) else columns[0]
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dpo_core.models.build import build
+from dpo_core.models.load import used_parameters
 from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.scoring.flops import Shape
 
@@ -33,7 +34,8 @@ def shape_of(module: Any) -> Shape:
     def count(weights: Iterable[Any]) -> int:
         return sum(p.numel() * active // experts if p.ndim == 3 else p.numel() for p in weights)
 
-    matrices = [p for p in module.parameters() if p.ndim >= 2 and p not in embeddings]
+    used = used_parameters(trunk) or set(module.parameters())
+    matrices = [p for p in module.parameters() if p.ndim >= 2 and p in used and p not in embeddings]
     heads = getattr(text, "num_attention_heads", 0)  # none in state-space models
     width = head_size(text) or (text.hidden_size // heads if heads else 0)
     return Shape(

@@ -20,9 +20,11 @@ class ImageCodes:
     length: int
     """Codes of an image, which has no end token."""
     codec: str
-    """The world or the decoder that turns codes into pixels; see `dpo_core.images.codec`."""
+    """The world or the decoder that turns codes into pixels; see `dpo_core.models.image_codec`."""
     opening: int
     """The token that ends each prompt and opens the image: codes find their row and column by it."""
+    padding: int | None = None
+    """The token that stands for each word in the prompt that says nothing; None: it has no words."""
 
     def ids(self, text: str) -> tuple[int, ...]:
         """The codes of an image's canonical text.
@@ -39,8 +41,10 @@ class ImageCodes:
         return tuple(map(int, words))
 
     def null_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The prompt that says nothing, for guidance: the tokens that begin a prompt and open the image."""
-        return prompt[0], self.opening
+        """The prompt that says nothing, for guidance: the tokens that begin a prompt and open the image, with
+        `padding` between them, which is attended to."""
+        between = () if self.padding is None else (self.padding,) * (len(prompt) - 2)
+        return prompt[0], *between, self.opening
 
 
 def image_codes(holder: Any) -> ImageCodes | None:

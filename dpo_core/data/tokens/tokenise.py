@@ -122,9 +122,11 @@ class Tokenise:
         if not turns:
             return []
         if self.config.template in ("transcript", "plain"):
-            return self.codec.begin + self.codec.encode(self._transcript(turns, tools))
-        form = self.chat_format(tools)
-        return form.encode(form.write(turns, tools, opened=True))
+            ids = self.codec.begin + self.codec.encode(self._transcript(turns, tools))
+        else:
+            form = self.chat_format(tools)
+            ids = form.encode(form.write(turns, tools, opened=True))
+        return [*ids, self.images.opening] if self.images else ids
 
     def _transcript(self, turns: list[Message], tools: list[Any] | None) -> str:
         if tools or any(m.get("tool_calls") for m in turns):

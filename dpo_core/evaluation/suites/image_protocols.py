@@ -20,7 +20,7 @@ from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.rows import Row, sample_rows
-from dpo_core.images.codec import as_images, pixels_of
+from dpo_core.images.codec import as_images
 from dpo_core.images.protocols import (
     GENEVAL_RESULTS,
     VQA_RESULTS,
@@ -32,6 +32,7 @@ from dpo_core.images.protocols import (
     write_geneval,
 )
 from dpo_core.images.records import read_record
+from dpo_core.models.image_codec import pixels_of
 from dpo_core.system import digest_json
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _write(
     answers = subject.answers(asked, config.sampling, seed=config.seed)
 
     def store(_: int) -> None:
-        images = as_images(pixels_of(made.codec, answers))
+        images = as_images(pixels_of(made, answers, subject.path))
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

@@ -10,16 +10,17 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.rows import Row, sample_rows
-from dpo_core.images.codec import pixels_of
 from dpo_core.images.prompts import HELD_OUT, PROMPT_FILES, Domain, within
 from dpo_core.images.records import read_record, requirements
-from dpo_core.images.scenes import clutter, detect
+from dpo_core.images.scenes import clutter, decode, detect
 
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import ModelUnderTest
@@ -56,7 +57,7 @@ def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outc
     records = [read_record(row["record"]) for row in chosen]
     asked = [Prompt(record.prompt, False) for record in records for _ in range(config.samples)]
     answers = subject.answers(asked, config.sampling, seed=config.seed)
-    pixels = pixels_of(images.codec, answers)
+    pixels = decode(np.array([list(map(int, answer.split())) for answer in answers]))
     found = detect(pixels)
     tags = Counter(record.tag for record in records)
     items = []
