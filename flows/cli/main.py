@@ -26,6 +26,7 @@ from flows.cli.deploy import deploy, event_app, schedule_app
 from flows.cli.doctor import doctor
 from flows.cli.evaluate import compare, evaluate
 from flows.cli.gc import gc
+from flows.cli.init import init
 from flows.cli.launch import launch
 from flows.cli.plan import plan
 from flows.cli.promote import promote, rollback
@@ -43,7 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _PANELS: dict[str, list[Any]] = {
-    "Run": [run, plan, validate, launch, config.app, objectives, methods],
+    "Run": [init, run, plan, validate, launch, config.app, objectives, methods],
     "Look": [runs, show, ui],
     "Evaluate and decide": [evaluate, compare, promote, rollback],
     "Schedule and deploy": [deploy, schedule_app, event_app],

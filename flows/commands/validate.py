@@ -76,7 +76,7 @@ def judge_file(
     config, gate = settings.data, settings.gate
     loaded = load(config)
     frame = split_table(loaded, config)
-    tokenise = _tokenise(settings) if has_model else None
+    tokenise = tokenise_of(settings.model, settings.tokens) if has_model else None
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder per data set, so that the next check of it replaces this one's Data Docs.
     name = digest_text(os.path.abspath(data))[:12]
@@ -123,9 +123,8 @@ def _settings(
     return with_overrides(_Settings, sections, overrides, f"{data} cannot be checked", "Correct the override")
 
 
-def _tokenise(settings: _Settings) -> Tokenise:
+def tokenise_of(config: ModelConfig, tokens: TokenConfig) -> Tokenise:
     """The tokenizer that the stage `import-model` would use, with its template."""
-    config = settings.model
     if is_external(config.name):
         from tasks.promotion.model_source import as_folder  # noqa: PLC0415 - imports MLflow, which takes seconds
 
@@ -138,7 +137,7 @@ def _tokenise(settings: _Settings) -> Tokenise:
         tokenizer.chat_template = read_template(config.chat_template)
     for template in templates_of(tokenizer):
         check_template(template)
-    return Tokenise(tokenizer, settings.tokens)
+    return Tokenise(tokenizer, tokens)
 
 
 def _own_folder(folder: Path) -> Path:
