@@ -48,6 +48,8 @@ class Stop:
         self._begun = threading.Event()
         self._reason = ""
         self._timer: threading.Timer | None = None
+        self.before_time_is_up: Callable[[], None] = lambda: None
+        """Called before a process that takes too long is ended: nothing else of it runs then."""
 
     @property
     def reason(self) -> str | None:
@@ -79,9 +81,15 @@ class Stop:
     def start_timer(self, number: int) -> None:
         """End the process `LIMIT` seconds after its first signal, even if something hangs."""
         if self._timer is None:
-            self._timer = threading.Timer(LIMIT, os._exit, [128 + number])
+            self._timer = threading.Timer(LIMIT, self._end, [128 + number])
             self._timer.daemon = True
             self._timer.start()
+
+    def _end(self, code: int) -> None:
+        try:
+            self.before_time_is_up()
+        finally:
+            os._exit(code)
 
     def stop_timer(self) -> None:
         """Cancel the timer, because the command has ended in time."""

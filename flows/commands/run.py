@@ -21,7 +21,8 @@ from tasks.signals import stoppable
 def run_flow(recipe: Recipe, resume: str | None, cluster: Cluster | None) -> Report:
     """Run the recipe's flow in this process and return its report."""
     try:
-        with stoppable():
+        with stoppable() as stop:
+            stop.before_time_is_up = lambda: _print_resume_line(recipe.workspace, "")
             wait_for_temporary_server()
             return alignment(recipe, resume, cluster)
     except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
@@ -46,6 +47,11 @@ def resume_line_on_failure(workspace: str, line: str) -> Iterator[None]:
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoError) else 4
         if code == 4 and not isinstance(error, NeedsNewSettings):
-            record = own_run(workspace)
-            typer.echo(f"to resume: {record.resume_line if record else line}", err=True)
+            _print_resume_line(workspace, line)
         raise
+
+
+def _print_resume_line(workspace: str, line: str) -> None:
+    record = own_run(workspace)
+    if text := record.resume_line if record else line:
+        typer.echo(f"to resume: {text}", err=True)

@@ -90,7 +90,8 @@ def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
 def test_what_hangs_is_ended_when_time_is_up() -> None:
     code = (
         "import time; from tasks import signals\nsignals.LIMIT = 0.3\n"
-        "with signals.stoppable():\n"
+        "with signals.stoppable() as stop:\n"
+        "    stop.before_time_is_up = lambda: print('last words', flush=True)\n"
         "    try:\n        print(flush=True); time.sleep(60)\n"
         "    finally:\n        time.sleep(60)"
     )
@@ -99,6 +100,7 @@ def test_what_hangs_is_ended_when_time_is_up() -> None:
     process.stdout.readline()
     process.terminate()
     assert process.wait(timeout=100) == 143
+    assert process.stdout.read() == b"last words\n"
 
 
 @pytest.mark.parametrize(
