@@ -1,6 +1,8 @@
 """The registry of data formats, and the recognition of the format of rows."""
 
 import difflib
+import json
+import shlex
 from collections.abc import Sequence
 
 from dpo_core.data import layouts
@@ -46,15 +48,27 @@ def recognise(rows: Sequence[Row]) -> tuple[str, str]:
         )
     nearest = _nearest(sample, list(fields))
     has_prompt = any(isinstance(row.get(name), str | list) for row in sample for name in ("prompt", "text"))
-    formats = "\n".join(
-        f"{name}: {ADAPTERS[name].looks}" for name in sorted(ADAPTERS, key=lambda n: n != nearest[0])
-    )
     raise DataError(
         f"the rows fit no known format{nearest[1]}; the fields are {listed}",
-        "Rename the fields, map them with data.columns={prompt: …, chosen: …, rejected: …}, or set "
-        "data.format to one of the formats below"
+        "Rename the fields, map them with data.columns, or set data.format to one of "
+        + ", ".join(sorted(ADAPTERS))
         + ("; data.format=prompts reads only the prompts" if has_prompt else "")
-        + f"\n\n{formats}",
+        + f"\n\n{_columns_of_pairs([name for name, types in fields.items() if 'string' in types])}",
+    )
+
+
+def _columns_of_pairs(fields: Sequence[str]) -> str:
+    """How to say in a recipe, and as an option, which columns are prompt, chosen and rejected.
+
+    Args:
+        fields: columns of texts, whose order is the best guess.
+    """
+    shown = (name for name in [*fields, "…", "…", "…"])
+    columns = json.dumps(dict(zip(("prompt", "chosen", "rejected"), shown, strict=False)), ensure_ascii=False)
+    option = shlex.quote(f"data.columns={columns}")
+    return (
+        f"For pairs, say which column holds what, in a recipe:\n\ndata:\n  columns: {columns}\n\n"
+        f"or as an option:\n\n--set {option}"
     )
 
 

@@ -1,8 +1,10 @@
 """Every adapter on its own rows and on faulty ones; recognition of formats."""
 
 import json
+import shlex
 
 import pytest
+import yaml
 
 from dpo_core.data.formats import ADAPTERS, recognise
 from dpo_core.data.layouts.common import hh, kto, pandalm, prompt_pairs, prompts, sharegpt, stackexchange
@@ -273,6 +275,18 @@ def test_unknown_rows_list_fields_types_and_formats(row: dict) -> None:
     assert "data.format" in caught.value.remedy
     if "answer" in row:
         assert "question (string), answer (number)" in caught.value.problem
+
+
+def test_unknown_rows_come_with_their_columns_mapped_as_yaml_and_as_an_option() -> None:
+    row = {"id": 1, "ask": "q", "it's good: very": "a", "bad": "b"}
+    with pytest.raises(DataError, match="no known format") as caught:
+        recognise([row])
+    columns = {"prompt": "ask", "chosen": "it's good: very", "rejected": "bad"}
+    recipe, _, option = caught.value.remedy.partition("\n\n")[2].partition("\n\nor as an option:\n\n")
+    assert yaml.safe_load(recipe.partition("\n\n")[2]) == {"data": {"columns": columns}}
+    flag, value = shlex.split(option)
+    assert (flag, value.partition("=")[0]) == ("--set", "data.columns")
+    assert yaml.safe_load(value.partition("=")[2]) == columns
 
 
 def test_recognition_tolerates_some_bad_rows() -> None:
