@@ -162,9 +162,9 @@ class RunningStage:
         """The stage's name, with its label."""
         return self.stage.name + self.context.label
 
-    def progress(self, total: int) -> Progress:
-        """Start a progress bar over `total` units."""
-        bar = Progress(self.name, total, self.context.stop, self.context.prefect_artifacts)
+    def progress(self, total: int, unit: str = "steps") -> Progress:
+        """Start a progress bar over `total` units, whose plural is `unit`."""
+        bar = Progress(self.name, total, self.context.stop, self.context.prefect_artifacts, unit)
         self._bars.append(bar)
         return bar
 

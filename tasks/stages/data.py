@@ -134,7 +134,7 @@ def validate(
             docs=str(docs),
             out=str(out / "data.parquet"),
         )
-        result = run_model_job(running, job, total=data.rows or 1)
+        result = run_model_job(running, job, total=data.rows or 1, unit="rows")
         report = GateReport.model_validate(result.pop("report"))
         index = Path(report.docs_index).relative_to(context.workspace)
         facts = report.model_copy(update={"docs_index": str(index)})
@@ -197,7 +197,7 @@ def sample_pairs(
             seed=seed,
         )
         total = len(pd.read_parquet(rows, columns=["split"])) * config.samples_per_prompt
-        facts = SamplingFacts(**run_model_job(running, job, total=total))
+        facts = SamplingFacts(**run_model_job(running, job, total=total, unit="answers"))
         counts = facts.model_dump(include={"samples", "pairs", "ties", "mean_reward"})
         metrics = {f"data/{name}": float(value) for name, value in counts.items()}
         return Output(

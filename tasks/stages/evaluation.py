@@ -192,7 +192,7 @@ def run_evaluation(
     )
     held_out = pd.read_parquet(rows, columns=["split"])["split"].eq("eval").sum()
     answers = min(int(held_out), settings.config.prompts) * settings.config.samples_per_prompt
-    return run_model_job(running, file, total=len(file.policies) * answers)
+    return run_model_job(running, file, total=len(file.policies) * answers, unit="answers")
 
 
 def read_samples(facts: dict[str, Any]) -> PolicySamples:

@@ -37,16 +37,22 @@ def common_fields(running: RunningStage) -> dict[str, Any]:
 
 
 def run_model_job(
-    running: RunningStage, job: ModelJob, *, total: int = 1, tick: Callable[[], None] = lambda: None
+    running: RunningStage,
+    job: ModelJob,
+    *,
+    total: int = 1,
+    unit: str = "steps",
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a job that samples, scores or evaluates, with a progress bar; returns the result of its rank 0.
 
     Args:
         total: the units that the job's progress counts.
+        unit: what they are, such as answers.
         tick: called at every poll of the job.
     """
     work = Path(job.work)
-    bar = running.progress(total)
+    bar = running.progress(total, unit)
 
     def on_poll() -> None:
         bar.update(min(finished_units(work), total))

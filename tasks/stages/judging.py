@@ -110,7 +110,7 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
         answers = load_answers(evaluation)
         prompts = [answers.prompts[i] for i in answers.prompt_index]
         against = rivals(list(answers.answers))
-        bar = running.progress(len(against))
+        bar = running.progress(len(against), "comparisons")
         rates = []
         for number, (name, rival) in enumerate(against):
             rate = compare_answers(

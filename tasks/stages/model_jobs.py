@@ -35,7 +35,7 @@ def jobs_of_stage(running: RunningStage) -> RunJob:
     def run(key: str, make: Callable[[dict[str, Any]], ModelJob], total: int) -> dict[str, Any]:
         fields = common_fields(running) | {"work": str(running.scratch / key[:16])}
         Path(fields["work"]).mkdir(exist_ok=True)
-        return run_model_job(running, make(fields), total=total)
+        return run_model_job(running, make(fields), total=total, unit="items")
 
     return run
 

@@ -181,7 +181,7 @@ def cache_reference(
             out=str(out / "shard"),
             token_budget=token_budget,
         )
-        result = run_model_job(running, job, total=2 * count)
+        result = run_model_job(running, job, total=2 * count, unit="sequences")
         dropped = result.pop("dropped")
         facts = LogpsFacts(
             reference_weights=weights,

@@ -21,8 +21,10 @@ _LINE_SECONDS = 60.0
 class Progress:
     """Progress of a stage: a bar on the terminal, else a log line a minute, and a bar in Prefect."""
 
-    def __init__(self, stage: str, total: int, stop: Stop, artifacts: PrefectArtifacts) -> None:
-        self.stage, self.total = stage, max(total, 1)
+    def __init__(
+        self, stage: str, total: int, stop: Stop, artifacts: PrefectArtifacts, unit: str = "steps"
+    ) -> None:
+        self.stage, self.total, self._unit = stage, max(total, 1), unit
         self._stop, self._prefect = stop, artifacts
         self._last_line = time.monotonic()
         self._bar: Any = None
@@ -41,9 +43,9 @@ class Progress:
         self._stop.check()
         if self._bar:
             self._bar.update(self._task, completed=done)
-        elif time.monotonic() - self._last_line > _LINE_SECONDS:
+        elif self.total > 1 and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
-            log.info("%s: %d of %d", self.stage, done, self.total)
+            log.info("%s: %d of %d %s", self.stage, done, self.total, self._unit)
         if time.monotonic() - self._last_sent > 3.0:
             self._send(done)
 
