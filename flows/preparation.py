@@ -12,7 +12,7 @@ from dpo_core.methods.reward import no_agreement
 from tasks.promotion.model_source import find_champion
 from tasks.recipe.policies import is_external
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_warnings import too_few_prompts
+from tasks.reports.run_warnings import too_few_prompts, without_template
 from tasks.stages.base import Context, StageResult
 from tasks.stages.data import load_data, sample_pairs, validate
 from tasks.stages.models import import_model
@@ -129,6 +129,8 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
     held_out = facts.held_out_prompts
     if held_out is not None and (few := too_few_prompts(recipe, held_out)):
         log.warning("%s", few)
+    if note := without_template(recipe, facts.written_as):
+        log.warning("%s", note)
     if recipe.margin_by_agreement and facts.with_agreement == 0:
         raise no_agreement()
     if facts.desirable == 0 and _sft_reads_answers(recipe):

@@ -19,7 +19,7 @@ from tasks.planning.read_planned_run import read_planned_run
 from tasks.planning.speed import Speed
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_warnings import answers_cut, too_few_prompts
+from tasks.reports.run_warnings import answers_cut, too_few_prompts, without_template
 from tasks.runs.recipe import changed_since
 from tasks.stages.base import StageResult, Why
 from tasks.stages.planned_run import PlannedRun
@@ -119,6 +119,7 @@ def _early_warnings(recipe: Recipe, work: PlannedRun) -> list[str]:
     """Warnings about the evaluation that are known before the run."""
     held_out = work.gated[work.gated["split"] == "eval"].drop_duplicates(["prompt", "chat"])
     warnings = [
+        without_template(recipe, work.tokenise.note_on(work.gated["chat"].tolist())),
         too_few_prompts(recipe, len(held_out)),
         "" if recipe.study else answers_cut(recipe, measure_answers(work.gated, work.tokenise)),
     ]

@@ -1,4 +1,5 @@
-"""Warnings before the training: answers that evaluation would cut, too few held-out prompts to promote."""
+"""Warnings before the training: answers that evaluation would cut, too few held-out prompts to promote, and
+questions without the model's chat template."""
 
 import numpy as np
 
@@ -17,6 +18,11 @@ def answers_cut(recipe: Recipe, answers: AnswerStatistics | None) -> str:
         return ""
     refused = " Otherwise the model will not be promoted." if CUT in recipe.promotion.alarms else ""
     return f"expected: {cut_message(cut, limit, answers.median)}{refused}"
+
+
+def without_template(recipe: Recipe, note: str) -> str:
+    """A note of `Tokenise.note_on` as a warning; empty for generated openings, which are to be continued."""
+    return note if recipe.data.openings is None else ""
 
 
 def too_few_prompts(recipe: Recipe, held_out: int) -> str:

@@ -58,6 +58,7 @@ def test_in_an_empty_workspace_all_is_new_and_nothing_is_made(bench, tmp_path):
     plan = planned(own)
     assert not own.workspace.exists()
     assert set(reasons(plan).values()) == {"new"}
+    assert not any("chat template" in line for line in plan["warnings"]), "openings are to be continued"
     assert len(plan["stages"]) == 10
     stages = {stage["name"]: stage for stage in plan["stages"]}
     for name in ("prepare-sft", "train-dpo DPO", "train-ppo PPO"):
@@ -200,9 +201,13 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
         "policies.DPO={method: dpo, objective: SimPO, parameters: {beta: 0.1}, engine: {threads: 1}}",
         "--set",
         "evaluate.sampling.max_new_tokens=2",
+        "--set",
+        "tokens.template=chat",
     )
     assert "DPO: simpo with beta 0.1 (its default: 2; 0.1 is dpo's)" in unlike["warnings"]
     assert [line for line in unlike["warnings"] if "100.0% of the answers are cut" in line]
+    assert any("are written without the model's chat template" in line for line in plan["warnings"])
+    assert not any("chat template" in line for line in unlike["warnings"])
     # A live reference is one more model in memory, and one more forward pass.
     live = planned(own, "--set", "policies.DPO.reference_sync={}")
     moved = {stage["name"]: stage for stage in live["stages"]}["train-dpo DPO"]
