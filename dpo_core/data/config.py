@@ -141,5 +141,11 @@ class DataConfig(Config):
     @property
     def paths(self) -> list[str]:
         """All files, folders and hub names that are read, for training or evaluation."""
-        mixed = [source.path for source in self.mixture or ()]
-        return [path for path in (self.path, *mixed, self.eval_path) if path is not None]
+        return [path for _, path in self.named_paths]
+
+    @property
+    def named_paths(self) -> list[tuple[str, str]]:
+        """The same, each with its field in the recipe."""
+        mixed = [(f"data.mixture.{index}.path", one.path) for index, one in enumerate(self.mixture or ())]
+        named = [("data.path", self.path), *mixed, ("data.eval_path", self.eval_path)]
+        return [(field, path) for field, path in named if path is not None]

@@ -35,6 +35,14 @@ def cluster(
     typer.echo(form(TARGETS[on][0]), nl=False)
 
 
+@app.command("deployment")
+def deployment(recipe: RecipeArgument) -> None:
+    """Print a deployment file that runs a recipe in this folder every night, for `dpo deploy --file`."""
+    from flows.commands.deployment_file import deployment_file
+
+    typer.echo(deployment_file(recipe), nl=False)
+
+
 @app.command("schema")
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""

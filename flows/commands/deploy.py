@@ -20,7 +20,7 @@ from tasks.recipe.read import load_recipe, read_mapping, with_overrides
 from tasks.recipe.recipe import Recipe
 from tasks.scheduling.alerts import plan_alerts
 from tasks.scheduling.automations import Step, read_automations
-from tasks.scheduling.deployment_file import Deployment, PrefectFile, fill_in
+from tasks.scheduling.deployment_file import FILE_TAG, Deployment, PrefectFile, fill_in
 from tasks.scheduling.deployments import (
     deployments_on_server,
     next_times,
@@ -62,13 +62,16 @@ def default_file() -> Path:
 
 
 def check_file(path: Path) -> Checked:
-    """The deployments of a file with their flows, after all checks that need no server.
+    """The deployments of a file, tagged with its path, and their flows, after all checks that need no server.
 
     Raises:
         RecipeError: the file is not valid, or a run of it could only fail.
     """
-    deployments = read_deployment_file(path).deployments
-    return [(deployment, check_deployment(deployment)) for deployment in deployments]
+    marked = [
+        deployment.model_copy(update={"tags": [*deployment.tags, f"{FILE_TAG}{path.absolute()}"]})
+        for deployment in read_deployment_file(path).deployments
+    ]
+    return [(deployment, check_deployment(deployment)) for deployment in marked]
 
 
 def read_deployment_file(path: Path) -> PrefectFile:
@@ -158,7 +161,7 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
     _check_cluster(where, parameters)
     started_by = [*deployment.schedules, *deployment.triggers]
     data_later = where == deployment.name and any("data" in one.parameters for one in started_by)
-    _check_files(where, recipe, data=not data_later and "data" not in parameters)
+    _check_files(f"{where}: recipe {name}", recipe, data=not data_later and "data" not in parameters)
     absolute = Path(recipe.workspace).expanduser().is_absolute()
     if not absolute and "working_dir" not in deployment.work_pool.job_variables:
         raise RecipeError(
@@ -185,7 +188,7 @@ def _check_files(where: str, recipe: Recipe, *, data: bool) -> None:
     """Refuse relative paths of the recipe's files, of its data only if the run reads them (`data`)."""
     rewards = [part.source.partition(":")[0] for part in parts(recipe.reward.source or "")]
     files = [
-        *(("data", path) for path in recipe.data.paths if data and _is_file(path)),
+        *((field, path) for field, path in recipe.data.named_paths if data and _is_file(path)),
         *(("reward.source", reward) for reward in rewards if reward.endswith(".py")),
         ("sft.demonstrations", recipe.sft.demonstrations),
         ("gate.baseline", recipe.gate.baseline),

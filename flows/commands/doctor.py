@@ -2,18 +2,22 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
 import typer
 
 from dpo_core.errors import RecipeError, StageFailed
-from flows.commands.deploy import check_file, default_file, reconcile
+from flows.commands.deploy import check_file, reconcile
 from flows.process.prefect_server import server, server_address
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks, skipped, warning
 from tasks.housekeeping.doctor.http import ask
+from tasks.scheduling.deployments import deployed_files, deployments_on_server
 
 _SIGNS = {"ok": "✓", "warning": "!", "failure": "✗", "skipped": "–"}
 # Keeps MLflow's client from waiting for a server that does not answer.
@@ -24,7 +28,7 @@ def diagnose(folder: Path, file: Path | None, as_json: bool) -> None:
     """Run all checks and print their results.
 
     Args:
-        file: the deployment file to compare with the server; None: the default one.
+        file: the deployment file to compare with the server; None: those that its deployments came from.
 
     Raises:
         StageFailed: a check found a failure.
@@ -68,24 +72,34 @@ def _with_mlflow(place: Path) -> Iterator[CheckResult]:
 
 
 def deploy_file(file: Path | None) -> Iterator[CheckResult]:
-    """The server matches the deployment file."""
-    file = file or default_file()
+    """The server matches the deployment file, or without one those files that its deployments came from."""
     address = server_address()
     if address is None or isinstance(ask("GET", f"{address}/health"), str):
         return
     try:
-        deployments = check_file(file)
         with server() as client:
-            plan = reconcile(client, deployments, None, dry_run=True, prune=False)
+            files = [file] if file else deployed_files(deployments_on_server(client, "dpo"))
+            for one in files:
+                yield _compared(client, one)
     except RecipeError as error:
         yield skipped("deploy file", f"not compared with the server: {error}")
         return
+    if not files:
+        yield skipped("deploy file", "not compared with the server: name it with --file")
+
+
+def _compared(client: Any, file: Path) -> CheckResult:
+    if not file.is_file():
+        return skipped("deploy file", f"not compared with the server: {file} is not on this machine")
+    try:
+        plan = reconcile(client, check_file(file), None, dry_run=True, prune=False)
+    except RecipeError as error:
+        return skipped("deploy file", f"{file} is not compared with the server: {error}")
     if changes := plan["changes"]:
-        says = f"{len(changes)} differences to the server, first: {changes[0]['text'][:100]}"
-        yield warning(
+        first = shorten(changes[0]["text"], 160, placeholder=" …")
+        return warning(
             "deploy file",
-            says,
-            f"dpo deploy --file {file} --dry-run shows all, without --dry-run it applies them",
+            f"{len(changes)} differences to the server, first: {first}",
+            f"dpo deploy --file {shlex.quote(str(file))} --dry-run shows all, without it they are applied",
         )
-    else:
-        yield ok("deploy file", f"the server matches {file}")
+    return ok("deploy file", f"the server matches {file}")

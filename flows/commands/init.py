@@ -43,17 +43,17 @@ def write_recipe(data: str, model: str, reward: str | None, file: Path | None) -
     Raises:
         DataError: the data cannot be read.
         ModelError: the tokenizer cannot be used.
-        RecipeError: the file exists or cannot be written, or prompts without answers have no reward.
+        RecipeError: the file exists or cannot be written, or data without pairs have no reward.
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(data).name.partition(".")[0]).strip("-._")[:60] or "own"
     file = file or Path(f"{name}.yaml")
     if file.exists():
         raise RecipeError(f"{file} exists", "Name another file with --file, or remove it")
     loaded = load(DataConfig(path=_whole(data)))
-    if loaded.kind == "prompts" and reward is None:
+    if loaded.kind != "pairs" and reward is None:
         raise RecipeError(
-            f"{data} has prompts without answers, and a reward has to label the answers that are sampled",
-            "Name one with --reward, such as my_reward.py:score",
+            f"{data} has no pairs, from which a reward model could be trained to measure by",
+            "Name a known reward with --reward, such as my_reward.py:score",
         )
     tokenise = tokenise_of(ModelConfig(name=_whole(model)), TokenConfig())
     script, colon, function = (reward or "").partition(":")

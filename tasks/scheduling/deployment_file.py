@@ -20,6 +20,9 @@ from dpo_core.redaction import SECRET_NAME
 MADE_BY = "Made by dpo deploy."
 """The end of every automation's description, which marks it: the server does not show who owns it."""
 
+FILE_TAG = "file:"
+"""Begins the tag of a deployment that names its file, so that no other file is compared with the server."""
+
 
 class DeploymentSchedule(Config):
     """When a deployment runs: exactly one of `cron`, `interval` and `rrule`."""

@@ -5,7 +5,9 @@ Prefect keeps a schedule that was removed from the file, and it continues to fir
 
 import asyncio
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
@@ -25,7 +27,7 @@ from pydantic import TypeAdapter
 
 from dpo_core.errors import RecipeError
 from tasks.scheduling.automations import Change, Step, automation_fields, differences, removal
-from tasks.scheduling.deployment_file import MADE_BY, Deployment
+from tasks.scheduling.deployment_file import FILE_TAG, MADE_BY, Deployment
 
 Fields = dict[str, Any]
 # Not the version: without one in the file Prefect takes that of the code.
@@ -154,6 +156,12 @@ def deployments_on_server(client: Any, flow_name: str) -> list[Any]:
     """The server's deployments of a flow."""
     found: list[Any] = client.read_deployments(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])))
     return found
+
+
+def deployed_files(deployments: Iterable[Any]) -> list[Path]:
+    """The files that the server's deployments came from, by their tags."""
+    tags = {tag for deployed in deployments for tag in deployed.tags if tag.startswith(FILE_TAG)}
+    return [Path(tag.removeprefix(FILE_TAG)) for tag in sorted(tags)]
 
 
 def plan_removal(client: Any, deployed: Any) -> Step:

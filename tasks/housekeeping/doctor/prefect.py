@@ -1,5 +1,6 @@
 """Checks of Prefect: server, work pools, workers, deployments, late runs and automations."""
 
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,11 +12,12 @@ from prefect.settings import get_current_settings
 from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask
 from tasks.scheduling.alerts import ALERTS, PREFIX
+from tasks.scheduling.deployment_file import FILE_TAG
 from tasks.scheduling.heartbeats import HEARTBEAT_AUTOMATION
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
+_FIRST = "dpo deploy --file FILE; dpo config deployment RECIPE prints such a file"
 Rows = list[dict[str, Any]]
-_NOTIFY = "export DPO_NOTIFY_URL=…, then dpo deploy"
 
 
 def server() -> Iterator[CheckResult]:
@@ -59,7 +61,14 @@ def _server_content(api: httpx.Client) -> Iterator[CheckResult]:
     yield from _deployments(deployments)
     late = {"state": {"name": {"any_": ["Late"]}}}
     yield from _late(_all(api, "/flow_runs", flow_runs=late, sort="EXPECTED_START_TIME_ASC"))
-    yield from _automations(_all(api, "/automations"), {deployment["id"] for deployment in deployments})
+    ids = {deployment["id"] for deployment in deployments}
+    yield from _automations(_all(api, "/automations"), ids, _deploy_again(deployments))
+
+
+def _deploy_again(deployments: Rows) -> str:
+    """The command that deploys the file of the server's deployments again: another one would change them."""
+    tags = [tag for deployment in deployments for tag in deployment["tags"] if tag.startswith(FILE_TAG)]
+    return f"dpo deploy --file {shlex.quote(tags[0].removeprefix(FILE_TAG)) if tags else 'FILE'}"
 
 
 def _all(api: httpx.Client, path: str, **body: Any) -> Rows:
@@ -92,7 +101,7 @@ def _workers(api: httpx.Client, used: set[str]) -> Iterator[CheckResult]:
 
 def _deployments(deployments: Rows) -> Iterator[CheckResult]:
     if not deployments:
-        yield warning("deployments", "the server has no deployments", "dpo deploy")
+        yield warning("deployments", "the server has no deployments", _FIRST)
         return
     yield ok("deployments", ", ".join(sorted(deployment["name"] for deployment in deployments)))
     for deployment in deployments:
@@ -115,26 +124,27 @@ def _late(late: Rows) -> Iterator[CheckResult]:
     yield warning("late runs", says, remedy)
 
 
-def _automations(automations: Rows, deployments: set[str]) -> Iterator[CheckResult]:
+def _automations(automations: Rows, deployments: set[str], deploy: str) -> Iterator[CheckResult]:
     """The automations that end lost runs and send alerts exist, and none runs a deployment that is gone."""
+    notify = f"export DPO_NOTIFY_URL=…, then {deploy}"
     enabled = {automation["name"]: automation.get("enabled", True) for automation in automations}
     for automation in automations:
         runs = {action["deployment_id"] for action in automation["actions"] if action.get("deployment_id")}
         if runs and not runs & deployments:
             says = f"{automation['name']} runs a deployment that does not exist"
-            yield warning("triggers", says, "dpo deploy removes it, or delete the automation in the UI")
+            yield warning("triggers", says, f"{deploy} removes it, or delete the automation in the UI")
     if enabled.get(HEARTBEAT_AUTOMATION):
         yield ok("lost runs", "an automation ends them")
     else:
         says = "is disabled" if HEARTBEAT_AUTOMATION in enabled else "is missing"
-        remedy = "dpo deploy creates it; enable a disabled one in the UI"
+        remedy = f"{deploy} creates it; enable a disabled one in the UI"
         yield warning("lost runs", f"the automation that ends runs of dead workers {says}", remedy)
     if not any(name.startswith(PREFIX) for name in enabled):
         says = "no notification is configured for failed or late runs"
-        yield warning("alerts", says, _NOTIFY)
+        yield warning("alerts", says, notify)
     elif off := [name for name in ALERTS if not enabled.get(PREFIX + name)]:
         yield warning(
-            "alerts", f"missing or disabled: {', '.join(off)}", f"{_NOTIFY}; enable disabled ones in the UI"
+            "alerts", f"missing or disabled: {', '.join(off)}", f"{notify}; enable disabled ones in the UI"
         )
     else:
         yield ok("alerts", f"{len(ALERTS)} automations")

@@ -135,6 +135,27 @@ def test_what_could_only_fail_at_night_is_refused_by_day(changes: dict[str, Any]
     assert words in str(caught.value)
 
 
+def test_the_file_printed_for_a_recipe_can_be_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.commands.deploy import check_file, fire_times
+    from flows.commands.deployment_file import deployment_file
+
+    folder = tmp_path / 'my "own" runs'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    recipe = yaml.safe_load((REPO / "flows" / "recipes" / "demo.yaml").read_text()) | {"name": "support"}
+    Path("support.yaml").write_text(yaml.safe_dump(recipe))
+    Path("nightly.yaml").write_text(deployment_file("support.yaml"))
+    ((made, flow),) = check_file(Path("nightly.yaml"))
+    assert made.name == "support"
+    assert made.parameters == {"recipe": str(folder / "support.yaml")}
+    assert made.work_pool.job_variables == {"working_dir": str(folder)}
+    assert made.tags == ["dpo", f"file:{folder}/nightly.yaml"]
+    assert len(fire_times([(made, flow)])["support every-night"]) == 5
+    assert '{recipe: "demo"}' in deployment_file("demo")
+
+
 def test_a_whole_path_as_workspace_needs_no_working_folder() -> None:
     from flows.commands.deploy import check_deployment
 
@@ -166,12 +187,12 @@ def test_files_of_a_recipe_are_named_by_absolute_paths() -> None:
     check(["data.path=Anthropic/hh-rlhf"])  # of the hub
     check([], schedules=[])  # the trigger names the data
     for sets, file in (
-        ([], "data: hh_harmless_base_test.jsonl.gz"),
-        (["data.path=./pairs"], "data: ./pairs"),
+        ([], "data.path: hh_harmless_base_test.jsonl.gz"),
+        (["data.path=./pairs"], "data.path: ./pairs"),
         (["data.path=/data/pairs.jsonl", "reward.source=mine.py:score"], "reward.source: mine.py"),
         (["data.path=/data/pairs.jsonl", "gate.baseline=gate.json"], "gate.baseline: gate.json"),
     ):
-        with pytest.raises(RecipeError, match=f"nightly.*: {file} is a relative path"):
+        with pytest.raises(RecipeError, match=f"nightly.*: recipe hh-harmless: {file} is a relative path"):
             check(sets)
 
 

@@ -82,10 +82,10 @@ def doubts(site: Site) -> list[str]:
 
 
 def compared(site: Site) -> str:
-    """What `dpo doctor --file` says of the file that was deployed last."""
+    """What `dpo doctor` says of the file that was deployed last, which it knows from the server."""
     environment = patch.dict(os.environ, DPO_HOME=str(site.home))
     with temporary_settings({PREFECT_API_URL: site.api}), environment:
-        (result,) = deploy_file(site.folder / "prefect.yaml")
+        (result,) = deploy_file(None)
     return result.says
 
 
@@ -117,9 +117,15 @@ def test_prefect_deploys_the_same_file(site: Site) -> None:
     file = ["--prefect-file", str(site.folder / "prefect.yaml")]
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", *file]
     subprocess.run(command, env=site.environment(), cwd=REPO, check=True, timeout=600)
-    # The mark in its description is missing.
-    assert deploy(site, deployments, "--dry-run") == ["+ new-data trigger dpo new data"]
-    assert deploy(site, deployments) == ["+ new-data trigger dpo new data"]
+    # The mark in its description and the tags that name the file are missing.
+    assert compared(site) == "not compared with the server: name it with --file"
+    changes = deploy(site, deployments, "--dry-run")
+    assert [change.partition(":")[0] for change in changes] == [
+        "~ nightly tags",
+        "+ new-data trigger dpo new data",
+        "~ new-data tags",
+    ]
+    assert deploy(site, deployments) == changes
     assert triggers(site) == ["dpo new data"]
     assert deploy(site, deployments) == []
 

@@ -76,14 +76,14 @@ def test_chats_and_labelled_answers(model, monkeypatch):
         {"prompt": [{"role": "user", "content": f"{i}?"}], "completion": "yes", "label": i % 2 == 0}
         for i in range(40)
     ]
-    recipe, text = made(rows, model, monkeypatch)
+    recipe, text = made(rows, model, monkeypatch, reward="sentiment")
     assert "template" not in text
     assert [policy.method for policy in recipe.policies.values()] == ["kto"]
 
 
 def test_prompts_alone_need_a_reward(model, monkeypatch):
     rows = [{"prompt": f"Is {i} odd?"} for i in range(40)]
-    with pytest.raises(RecipeError, match="Name one with --reward"):
+    with pytest.raises(RecipeError, match="Name a known reward with --reward"):
         made(rows, model, monkeypatch)
     recipe, _ = made(rows, model, monkeypatch, reward="sentiment")
     assert recipe.reward.source == "sentiment"

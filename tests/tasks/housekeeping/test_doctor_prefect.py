@@ -41,7 +41,7 @@ def test_a_server_alone_lacks_everything(site: Site) -> None:
     findings = _look(site)
     assert findings["prefect"].state == "ok"
     assert findings["work pool"].remedy == "prefect work-pool create dpo --type process"
-    assert findings["deployments"].remedy == "dpo deploy"
+    assert findings["deployments"].remedy.startswith("dpo deploy --file FILE; ")
     assert "is missing" in findings["lost runs"].says
     assert findings["alerts"].state == "warning"
 
