@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dpo_core.errors import RecipeError
+from dpo_core.models.load import used_parameters
 from dpo_core.models.lora_config import LORA_EXTRA, LoraConfig
 
 
@@ -33,8 +34,9 @@ def add_lora(model: Any, config: LoraConfig, seed: int, *, language_model: bool 
 
     linear = torch.nn.Linear
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, linear)]
-    # Some routers are linear layers that return more than a product.
-    skip = [n for n, m in layers if type(m).forward != linear.forward]
+    # Some routers are linear layers that return more than a product; parts of some models are never run.
+    used = used_parameters(model) or set(model.parameters())
+    skip = [n for n, m in layers if type(m).forward != linear.forward or m.weight not in used]
     targets: str | list[str]
     if isinstance(config.target_modules, tuple):
         targets = list(config.target_modules)

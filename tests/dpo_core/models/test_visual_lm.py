@@ -93,6 +93,23 @@ def test_words_come_after_the_codes_and_the_null_prompt_is_transformers(
     assert tokenise.tokenizer.decode([CODES + WORDS.index("ring"), 5]) == "ring <image code 5>"
 
 
+def test_a_chat_template_writes_the_words_around_a_prompt(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ ' the ' if m['role'] == 'user' else ' ' }}"
+        "{{ m['content'] }}{{ ' and' if m['role'] == 'user' else eos_token }}{% endfor %}"
+    )
+    tokenise = Tokenise(tokenizer, TOKENS.model_copy(update={"template": "chat"}))
+    words = "<start> the red ring and <image>".split()  # noqa: SIM905
+    prompt = tuple(CODES + WORDS.index(word) for word in words)
+    assert tokenise.prompt("red ring", False) == prompt
+    image = " ".join(map(str, range(LENGTH)))
+    row = {"id": "1", "prompt": "red ring", "chat": False, "completion": image, "ended": True}
+    made = tokenise.single(row)
+    assert isinstance(made, TokenSequence)
+    assert (made.prompt, made.completion) == (prompt, tuple(range(LENGTH)))
+
+
 def test_all_checks_of_a_model_hold(ours: Any) -> None:
     checked = check_model(ours, precision="fp32", longest=40)
     assert (checked.layout, checked.sampling) == ("packed", "cached")
@@ -213,10 +230,9 @@ def saved(work: Path, folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def require_trained(state: dict[str, torch.Tensor], theirs: Any) -> None:
+def require_trained(state: dict[str, torch.Tensor], theirs: Any, parts: list[str]) -> None:
     changed = {name for name, value in theirs.state_dict().items() if not value.equal(state[name])}
     assert state.keys() == theirs.state_dict().keys()
-    parts = ("language_model", "generation_embeddings", "generation_aligner", "generation_head")
     assert {name.split(".")[1] for name in changed} == set(parts)
 
 
@@ -226,17 +242,29 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora": {"rank": 2}},
+        pytest.param({"engine": SETTINGS["engine"] | {"zero_stage": 2}}, marks=pytest.mark.slow),
+    ],
+    ids=["all weights", "LoRA", "ZeRO 2"],
+)
 def test_a_dpo_job_trains_and_its_result_is_transformers(
-    alone: None, folder: Path, theirs: Any, tmp_path: Path
+    alone: None, folder: Path, theirs: Any, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     shard = write_reference(folder, rows(), tmp_path / "shard")
-    settings = SETTINGS | {"batch_size": 4, "micro_batch_size": 4, "epochs": 1}
+    settings = SETTINGS | {"batch_size": 4, "micro_batch_size": 4, "epochs": 1} | changes
     job = write_job(tmp_path / "work", "dpo", folder, rows(), settings=settings, reference_logps=str(shard))
     assert train.main(["--config", str(job)]) == 0
     first, second = curve(tmp_path / "work")
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert second["loss"] != first["loss"]
-    require_trained(saved(tmp_path / "work", folder), theirs)
+    # Adapters are for the aligner and the language model; peft leaves heads out.
+    more = [] if "lora" in changes else ["generation_embeddings", "generation_head"]
+    parts = ["generation_aligner", "language_model", *more]
+    require_trained(saved(tmp_path / "work", folder), theirs, parts)
 
 
 def test_a_grpo_job_trains_with_guided_scores(alone: None, folder: Path, theirs: Any, tmp_path: Path) -> None:
@@ -257,7 +285,8 @@ def test_a_grpo_job_trains_with_guided_scores(alone: None, folder: Path, theirs:
     assert first["sampling/logp_difference/max"] < 1e-4
     assert first["grad_norm"] > 0
     assert second["objective/kl"] != 0
-    require_trained(saved(tmp_path / "work", folder), theirs)
+    parts = ["generation_aligner", "generation_head", "language_model", "generation_embeddings"]
+    require_trained(saved(tmp_path / "work", folder), theirs, parts)
 
 
 def test_an_imported_folder_is_the_same_model(folder: Path, theirs: Any, tmp_path: Path) -> None:
