@@ -4,6 +4,8 @@ import base64
 import io
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.images.scenes import draw, encode
+from dpo_core.jobs.evaluate import _Evaluation
 from dpo_core.models.load import load_tokenizer
 from dpo_core.rewards.ensemble import Part, combine, parts
 from dpo_core.rewards.functions import check_reward, load_reward, reward_identity
@@ -168,3 +171,20 @@ def test_methods_that_need_a_reward_of_single_samples_refuse_an_ensemble(changes
     assert load_recipe("demo", grpo).reward.source == ensemble.partition("=")[2]
     with pytest.raises((RecipeError, ValidationError), match="an ensemble compares the samples"):
         load_recipe("demo", [*grpo, *changes])
+
+
+def test_policies_are_measured_by_an_ensemble_on_the_samples_of_all_together() -> None:
+    prompts = [((1,), "a"), ((2,), "b")]
+    worse, better = (
+        SimpleNamespace(prompt_index=[0, 0, 1, 1], sequences=values, rewards=[])
+        for values in ([0, 1, 0, 1], [2, 3, 0, 1])
+    )
+    measured: Any = SimpleNamespace(samples={"worse": worse, "better": better}, prompts=prompts)
+
+    def score(sequences: Any, asked: Any) -> list[float]:
+        return combine([sequences], [1], asked)
+
+    _Evaluation._score_together(measured, score)
+    spread = statistics.pstdev(range(4))
+    assert worse.rewards == pytest.approx([-1.5 / spread, -0.5 / spread, -1, 1])
+    assert better.rewards == pytest.approx([0.5 / spread, 1.5 / spread, -1, 1])
