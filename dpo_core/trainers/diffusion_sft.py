@@ -21,7 +21,7 @@ from dpo_core.models.denoiser import Denoiser, load_denoiser, predict, time_step
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.autocast import autocast
 from dpo_core.trainers.common import Export
-from dpo_core.trainers.diffusion import seeded
+from dpo_core.trainers.denoising_errors import seeded
 from dpo_core.training.batches import Batch
 from dpo_core.training.engine import load_full_state
 from dpo_core.training.loop import Trainer

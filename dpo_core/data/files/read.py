@@ -129,7 +129,7 @@ def _files_of(folder: Path) -> list[Path]:
     has = f"it holds {', '.join(inside[:8])}{' ...' if len(inside) > 8 else ''}" if inside else "it is empty"
     raise DataError(
         f"the folder {folder} has no data file directly in it; {has}",
-        f"Point data.path at a file, or at a folder with files that end in {_endings()}",
+        f"Point data.path at a file, or at a folder with files that end in {_ENDINGS}",
     )
 
 
@@ -142,7 +142,7 @@ def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
     if parse is None:
         raise DataError(
             f"{path} has an unknown ending",
-            f"Convert or rename the file to one of {_endings()}, each optionally with .gz or .zst",
+            f"Convert or rename the file to one of {_ENDINGS}, each optionally with .gz or .zst",
         )
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder", "Set data.path to a regular file")
@@ -374,15 +374,12 @@ PARSERS: dict[str, Callable[[Path], Parsed]] = {
     ".arrow": _arrow,
     ".txt": _lines,
 }
+_ENDINGS = ", ".join(PARSERS)
 
 
 def _parser(path: Path) -> Callable[[Path], Parsed] | None:
     name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     return PARSERS.get(Path(name).suffix)
-
-
-def _endings() -> str:
-    return ", ".join(PARSERS)
 
 
 def _checked(row: object, path: Path, where: str) -> Row:

@@ -20,7 +20,7 @@ from dpo_core.data.tokens.encoding import TextCodec, encode_parts
 from dpo_core.data.tokens.image_codes import image_codes, text_of
 from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.data.tokens.stop_tokens import stop_ids
-from dpo_core.data.tokens.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
+from dpo_core.data.tokens.turns import SPEAKERS, answer_turns, can_drop_turn, drop_turn, keep_end, shortened
 from dpo_core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Tokenise:
                 )
             end = (self.images.opening,) if self.images else ()
             room = None if budget is None else budget - len(end)
-            return (*(ids if room is None else _keep_end(ids, room, len(self.codec.begin))), *end)
+            return (*(ids if room is None else keep_end(ids, room, len(self.codec.begin))), *end)
         listed = json.loads(tools) if tools else None
         if budget is not None:
             cut = self._cut(turns, listed, budget)
@@ -170,7 +170,7 @@ class Tokenise:
             answer_chat: `text` is the JSON of the answer's messages.
         """
         turns = None if prompt is None else self._turns(prompt, chat)
-        answer = _answer_turns(text, answer_chat)
+        answer = answer_turns(text, answer_chat)
         return self._answer(turns, answer, json.loads(tools) if tools else None, ended)[1][0]
 
     def _answer(
@@ -203,7 +203,7 @@ class Tokenise:
         tools = row.get("tools") or ""
         listed = json.loads(tools) if tools else None
         turns = self._turns(row["prompt"], bool(row["chat"]))
-        answer = _answer_turns(row[name], bool(row.get("answer_chat")))
+        answer = answer_turns(row[name], bool(row.get("answer_chat")))
         if turns is None:
             prompt = self.prompt(row["prompt"], False, budget)
             return prompt, self._answer(None, answer, None, row[ended])[1]
@@ -307,7 +307,7 @@ class Tokenise:
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
         if self.config.learn == "last_turn" or not first:
             return self.single(row)
-        answer = turns[first:] + _answer_turns(row["completion"], bool(row.get("answer_chat")))
+        answer = turns[first:] + answer_turns(row["completion"], bool(row.get("answer_chat")))
         moved = {"prompt": json.dumps(turns[:first]), "completion": json.dumps(answer), "answer_chat": True}
         return self.single({**row, **moved})
 
@@ -392,19 +392,7 @@ class Tokenise:
         Llama 2 tokenizers do after each control token."""
         user: list[Message] = [{"role": "user", "content": "Well"}]
         try:
-            ids = list(self._answer(user, _answer_turns("Yes", False), None, False)[1][0])
+            ids = list(self._answer(user, answer_turns("Yes", False), None, False)[1][0])
         except TemplateError:
             return False
         return self._own_text(ids, blank=False) != "Yes" == self._own_text(ids, blank=True)
-
-
-def _answer_turns(answer: str, answer_chat: bool) -> list[Message]:
-    """The messages of a canonical answer: text, or the JSON of its messages."""
-    return list(json.loads(answer)) if answer_chat else [{"role": "assistant", "content": answer}]
-
-
-def _keep_end(ids: list[int], budget: int, keep_first: int) -> list[int]:
-    """The last ids, after the first `keep_first` ids (a begin token)."""
-    if len(ids) <= budget:
-        return ids
-    return ids[:keep_first] + ids[len(ids) - (budget - keep_first) :]

@@ -1,5 +1,6 @@
-"""Shortens conversations that are too long: drops the oldest turns first, then cuts text inside a turn."""
+"""The turns of answers, and of conversations that are too long: the oldest are dropped first, then text."""
 
+import json
 from collections.abc import Callable
 
 from dpo_core.data.tokens.chat_template import Message
@@ -56,3 +57,15 @@ def _ending(messages: list[Message], at: int, characters: int) -> list[Message]:
     """The messages, of one of which only the last characters are kept."""
     cut = {**messages[at], "content": messages[at]["content"][-characters:]}
     return [*messages[:at], cut, *messages[at + 1 :]]
+
+
+def answer_turns(answer: str, answer_chat: bool) -> list[Message]:
+    """The messages of a canonical answer: text, or the JSON of its messages."""
+    return list(json.loads(answer)) if answer_chat else [{"role": "assistant", "content": answer}]
+
+
+def keep_end(ids: list[int], budget: int, keep_first: int) -> list[int]:
+    """The last ids, after the first `keep_first` ids (a begin token)."""
+    if len(ids) <= budget:
+        return ids
+    return ids[:keep_first] + ids[len(ids) - (budget - keep_first) :]

@@ -20,7 +20,8 @@ from dpo_core.methods.job import Job
 from dpo_core.models.denoiser import load_denoiser, predict
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
-from dpo_core.trainers.diffusion import DiffusionTrainer, Draws, build, encode, reference_errors
+from dpo_core.trainers.denoising_errors import Draws, reference_errors
+from dpo_core.trainers.diffusion import DiffusionTrainer, build, encode
 from dpo_core.training.distributed import start_distributed
 from tests.support.models.tiny_diffusion import image_rows, make_tiny_diffusion
 from tests.support.runs.training_jobs import curve, launch, write_job
