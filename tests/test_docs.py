@@ -152,7 +152,9 @@ def test_recipes_and_overrides_in_fenced_blocks_are_valid(page: Path, tmp_path: 
 
 
 @each_page
-def test_commands_that_only_print_work(page: Path) -> None:
+def test_commands_that_only_print_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("support.yaml").write_text(f"name: support\ndata: {{path: {tmp_path / 'support.jsonl'}}}\n")
     for line in _commands(page.read_text()):
         command = line.partition(">")[0].partition("#")[0]  # without redirection and comment
         words = shlex.split(command)[1:]
