@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pyarrow import parquet
 from torch import Tensor
 
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.sequences import TokenPair
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import NeedsNewSettings
@@ -61,6 +63,9 @@ class _Evaluation:
     def __init__(self, job: EvaluationJob, ranks: Ranks, tokenise: Tokenise) -> None:
         self.job, self.ranks, self.tokenise = job, ranks, tokenise
         self.prompts = held_out_prompts(job.prompts, tokenise, job.config)
+        # Tables of text have none, and need not be read again.
+        told = "metadata" in parquet.read_schema(job.prompts).names
+        self.metadata = metadata_of(read_parquet(job.prompts)) if told else {}
         self.pairs = _held_out_pairs(job, tokenise)
         self.sides = [side for pair in self.pairs for side in (pair.chosen, pair.rejected)]
         self.samples: dict[str, PolicySamples] = {}
@@ -134,7 +139,7 @@ class _Evaluation:
             job.config.precision,
             device=device(),
             ranks=self.ranks,
-            metadata=metadata_of(pd.read_parquet(job.prompts).to_dict("records")),
+            metadata=self.metadata,
         )
         if is_ensemble(job.reward):
             self._score_together(score)

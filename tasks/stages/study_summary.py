@@ -97,4 +97,9 @@ def _suite_values(stages: Mapping[str, StageResult], label: str) -> dict[str, li
     if result is None:
         return {}
     results = load_suites(result.manifest)
-    return {r.suite: [item.values[r.measures[0].name] for item in r.items] for r in results}
+    main = {r.suite: r.measures[0].name for r in results}
+    return {
+        # Some measures apply to some items only.
+        r.suite: [item.values[main[r.suite]] for item in r.items if main[r.suite] in item.values]
+        for r in results
+    }

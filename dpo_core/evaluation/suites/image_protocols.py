@@ -19,7 +19,7 @@ from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.rows import Row, sample_rows
+from dpo_core.evaluation.suites.rows import Row, category_weight, read_records, sample_rows
 from dpo_core.images.codec import as_images
 from dpo_core.images.protocols import (
     GENEVAL_RESULTS,
@@ -100,21 +100,7 @@ def _exists(subject: "ModelUnderTest", path: Path) -> bool:
     return bool(found)
 
 
-def _weight(tags: Counter[str], tag: str) -> float:
-    """The factor of a prompt's values in `score`: with it the mean over prompts is that over categories."""
-    return tags.total() / len(tags) / tags[tag]
-
-
 # --- GenEval ----------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path) -> list[Row]:
-    """The records of GenEval's file, one JSON object a line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error})", "Check the path") from error
-    return [{"record": line} for line in lines if read_record(line)]
 
 
 def run_geneval(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
@@ -152,7 +138,7 @@ def run_geneval(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig)
             raise _not_of_these(results, f"another prompt than {record.prompt!r} in folder {number}")
         correct = [float(row.correct) for row in own]
         mean = sum(correct) / len(correct)
-        values = {"score": mean * _weight(tags, record.tag), "correct": mean, "any": max(correct)}
+        values = {"score": mean * category_weight(tags, record.tag), "correct": mean, "any": max(correct)}
         answer = "; ".join(row.reason for row in own if row.reason)
         items.append(_item(f"{number:05d}", record.tag, record.prompt, answer, values))
     if by_prompt:
@@ -231,7 +217,7 @@ def run_compbench(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfi
         for place, prompt in enumerate(prompts):
             own = answers[place * config.samples : (place + 1) * config.samples]
             mean = sum(own) / len(own)
-            values = {"score": mean * _weight(tags, name), "answer": mean}
+            values = {"score": mean * category_weight(tags, name), "answer": mean}
             items.append(_item(f"{name} {place}", name, prompt, json.dumps(own), values))
     return _outcome(items, [SCORE, ANSWER], folder, config)
 

@@ -1,5 +1,6 @@
 """Reads the rows of a suite's data file and samples them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -7,6 +8,7 @@ from typing import Any, TypeVar
 
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError
+from dpo_core.images.records import read_record
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -28,6 +30,15 @@ def read_fields(path: Path, fields: Sequence[str]) -> list[Row]:
                     f"The suite needs the fields {', '.join(fields)}",
                 )
     return rows
+
+
+def category_weight(counts: Counter[str], category: str) -> float:
+    """The factor of a prompt's value with which the mean over prompts is the mean over categories.
+
+    Args:
+        counts: prompts of each category.
+    """
+    return counts.total() / len(counts) / counts[category]
 
 
 def sample_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
@@ -53,3 +64,12 @@ def sample_prompts(
             selected.add(prompt)
             room -= sizes[prompt]
     return [item for item in items if prompt_of(item) in selected]
+
+
+def read_records(path: Path) -> list[Row]:
+    """The records of GenEval's file, one JSON object a line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error})", "Check the path") from error
+    return [{"record": line} for line in lines if read_record(line)]

@@ -17,7 +17,7 @@ from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.rows import Row, sample_rows
+from dpo_core.evaluation.suites.rows import Row, category_weight, read_records, sample_rows
 from dpo_core.images.prompts import HELD_OUT, PROMPT_FILES, Domain, within
 from dpo_core.images.records import read_record, requirements
 from dpo_core.images.scenes import clutter, decode, detect
@@ -37,8 +37,7 @@ CLUTTER = MeasureSpec(name="clutter", label="painted pixels outside of objects",
 
 def read(path: Path) -> list[Row]:
     """The records of a file, one JSON object a line; an id is the line's number, from 0."""
-    lines = path.read_text().splitlines()
-    return [{"id": str(i), "record": line, "tag": read_record(line).tag} for i, line in enumerate(lines)]
+    return [{"id": str(i), **row} for i, row in enumerate(read_records(path))]
 
 
 def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
@@ -65,8 +64,7 @@ def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outc
         own = range(place * config.samples, (place + 1) * config.samples)
         correct = sum(all(r.holds for r in requirements(record, found[i])) for i in own) / len(own)
         values = {
-            # So weighted, the mean over the prompts is the mean over the categories' means.
-            "score": correct * len(records) / len(tags) / tags[record.tag],
+            "score": correct * category_weight(tags, record.tag),
             "correct": correct,
             **({} if within(record, HELD_OUT) else {"held_out": correct}),
             "clutter": sum(clutter(pixels[i], found[i]) for i in own) / len(own),
