@@ -8,6 +8,7 @@ them the caption is wrong.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -261,14 +262,25 @@ def _dressed(wanted: Wanted, other: Wanted) -> Wanted:
 
 def _places(count: int, rng: random.Random) -> Sequence[tuple[int, int]]:
     """Corners of objects with a cell between each two."""
-    apart = SIZE + CELL
     while True:
         chosen: list[tuple[int, int]] = []
-        for x, y in rng.sample(PLACES, len(PLACES)):
-            if all(abs(x - a) >= apart or abs(y - b) >= apart for a, b in chosen):
-                chosen.append((x, y))
-                if len(chosen) == count:
-                    return chosen
+        free: Sequence[tuple[int, int]] = PLACES
+        while free and len(chosen) < count:
+            chosen.append(rng.choice(free))
+            far = _far_from()[chosen[-1]]
+            free = [place for place in free if place in far]
+        if len(chosen) == count:
+            return chosen
+
+
+@cache
+def _far_from() -> dict[tuple[int, int], frozenset[tuple[int, int]]]:
+    """For each corner of an object the corners that leave a cell between it and another object."""
+    apart = SIZE + CELL
+    return {
+        (a, b): frozenset((x, y) for x, y in PLACES if abs(x - a) >= apart or abs(y - b) >= apart)
+        for a, b in PLACES
+    }
 
 
 def _wanted(

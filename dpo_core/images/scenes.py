@@ -164,6 +164,24 @@ def encode(images_N: Pixels) -> NDArray[np.int64]:
     return distance_NTC.argmin(-1)
 
 
+@cache
+def _kind_codes_K() -> NDArray[np.int64]:
+    """(K, 3, 3): the codes of each kind of object."""
+    images = np.zeros((len(kinds()), SIDE, SIDE, 3), np.uint8)
+    images[:, :SIZE, :SIZE] = _kind_pixels_K()
+    return encode(images).reshape(-1, CELLS, CELLS)[:, : SIZE // CELL, : SIZE // CELL]
+
+
+def codes_of(things: Iterable[Thing]) -> NDArray[np.int64]:
+    """(64,) codes of an image of these objects: `encode` of `draw`, without the pixels."""
+    image = np.zeros((CELLS, CELLS), np.int64)
+    for thing in things:
+        x, y = int(thing.box.left) // CELL, int(thing.box.top) // CELL
+        kind = kinds().index((thing.name, thing.color, thing.texture))
+        image[y : y + SIZE // CELL, x : x + SIZE // CELL] = _kind_codes_K()[kind]
+    return image.reshape(-1)
+
+
 def decode(codes_NT: NDArray[np.int64]) -> Pixels:
     """(N, 16, 16, 3) of (N, 64) codes."""
     cells = _codebook_C()[codes_NT].reshape(-1, CELLS, CELLS, CELL, CELL, 3)

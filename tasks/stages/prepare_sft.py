@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dpo_core.data.demo.reviews import review_demonstrations
@@ -15,7 +14,7 @@ from dpo_core.errors import DataError, StageFailed
 from dpo_core.estimates import estimate
 from dpo_core.estimates.by_method import estimate_training
 from dpo_core.images.prompts import captioned_scenes
-from dpo_core.images.scenes import draw, encode
+from dpo_core.images.scenes import codes_of
 from dpo_core.methods.sft import METHOD, SftConfig
 from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
@@ -111,11 +110,9 @@ def chosen_answers(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, An
 
 def scene_demonstrations(count: int, seed: int) -> list[dict[str, Any]]:
     """Captioned scenes; a tenth have no caption, so that the model also knows images without a prompt."""
-    captions, scenes = zip(*captioned_scenes(count, seed, wrong=0.35), strict=True)
-    images = encode(np.stack([draw(things) for things in scenes]))
     return [
-        _demonstration(i, "" if i % 10 == 9 else record.prompt, text_of(codes))
-        for i, (record, codes) in enumerate(zip(captions, images.tolist(), strict=True))
+        _demonstration(i, "" if i % 10 == 9 else record.prompt, text_of(codes_of(things).tolist()))
+        for i, (record, things) in enumerate(captioned_scenes(count, seed, wrong=0.35))
     ]
 
 

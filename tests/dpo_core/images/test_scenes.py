@@ -7,7 +7,7 @@ import pytest
 
 from dpo_core.images import prompts, scenes
 from dpo_core.images.records import Thing, requirements
-from dpo_core.images.scenes import clutter, decode, detect, draw, encode
+from dpo_core.images.scenes import clutter, codes_of, decode, detect, draw, encode
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def test_codes_hold_the_image(drawn):
     assert codes.shape == (1000, 64)
     assert codes.max() < scenes.codes()
     assert (decode(codes) == images).all()
+    assert (np.stack([codes_of(things) for things in drawn]) == codes).all()
 
 
 def test_an_object_with_a_wrong_cell_does_not_count_and_is_clutter(drawn):
