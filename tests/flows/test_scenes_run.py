@@ -7,6 +7,12 @@ import yaml
 
 from tests.support.runs.tiny_run import Bench
 
+REWARD = """
+import numpy as np
+
+def painted(prompts, images, metadata):
+    return [float((np.asarray(image).max(-1) > 0).mean()) for image in images]
+"""
 ENGINE = {"precision": "fp32", "threads": 1}
 ROUND = {"episodes": 16, "micro_batch_size": 16, "engine": ENGINE}
 PAIRS = {"batch_size": 8, "micro_batch_size": 8, "pack_tokens": None, "max_steps": 2, "engine": ENGINE}
@@ -20,7 +26,7 @@ RECIPE = {
     "data": {"scenes": 5, "eval_fraction": 0.3},
     "tokens": {"max_length": 88, "max_prompt_length": 24},
     "sft": {
-        "made_scenes": 4096,
+        "made_scenes": 2048,
         "batch_size": 32,
         "micro_batch_size": 32,
         "pack_tokens": None,
@@ -51,7 +57,11 @@ RECIPE = {
 
 @pytest.mark.slow
 def test_images_are_aligned_by_every_method_and_shown(tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"workspace": str(tmp_path / "runs")}))
+    (tmp_path / "painted.py").write_text(REWARD)
+    # A model this small fulfils no prompt: a reward in which its images differ.
+    reward = {"source": f"{tmp_path / 'painted.py'}:painted"}
+    recipe = RECIPE | {"workspace": str(tmp_path / "runs"), "reward": reward}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     bench = Bench(tmp_path)
     report = bench.run()
     rows = {row["name"]: row for row in report["evaluation"]["policies"]}

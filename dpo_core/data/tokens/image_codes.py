@@ -25,6 +25,9 @@ class ImageCodes:
     """The token that ends each prompt and opens the image: codes find their row and column by it."""
     padding: int | None = None
     """The token that stands for each word in the prompt that says nothing; None: it has no words."""
+    words: int | None = None
+    """Tokens of each prompt before `opening`: shorter prompts are filled up with `padding`, so that a word is
+    equally far from a row and column in every prompt. None: prompts are as long as they are."""
 
     def ids(self, text: str) -> tuple[int, ...]:
         """The codes of an image's canonical text.
@@ -39,6 +42,21 @@ class ImageCodes:
                 "Encode the image with the model's own codes",
             )
         return tuple(map(int, words))
+
+    def opened(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        """A prompt, filled up to `words`, and the token that opens the image.
+
+        Raises:
+            TemplateError: it has more tokens than `words`.
+        """
+        missing = 0 if self.words is None else self.words - len(prompt)
+        if missing < 0:
+            raise TemplateError(
+                f"a prompt has {len(prompt)} tokens, and the model was made for {self.words}",
+                "Use shorter prompts",
+            )
+        filling = () if self.padding is None else (self.padding,) * missing
+        return *prompt, *filling, self.opening
 
     def null_prompt(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The prompt that says nothing, for guidance: the tokens that begin a prompt and open the image, with

@@ -71,9 +71,10 @@ class Tokenise:
                     f"the prompt {text!r} has words that the model does not know",
                     "Use prompts of the words that it was trained on",
                 )
-            end = (self.images.opening,) if self.images else ()
-            room = None if budget is None else budget - len(end)
-            return (*(ids if room is None else keep_end(ids, room, len(self.codec.begin))), *end)
+            if budget is not None:
+                ids = keep_end(ids, budget - bool(self.images), len(self.codec.begin))
+            opened = self.images.opened(ids) if self.images else tuple(ids)
+            return opened if budget is None or len(opened) <= budget else ()
         listed = json.loads(tools) if tools else None
         if budget is not None:
             cut = self._cut(turns, listed, budget)
@@ -126,7 +127,7 @@ class Tokenise:
         else:
             form = self.chat_format(tools)
             ids = form.encode(form.write(turns, tools, opened=True))
-        return [*ids, self.images.opening] if self.images else ids
+        return list(self.images.opened(ids)) if self.images else ids
 
     def _transcript(self, turns: list[Message], tools: list[Any] | None) -> str:
         if tools or any(m.get("tool_calls") for m in turns):

@@ -9,6 +9,7 @@ import torch
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
+from dpo_core.data.tokens.chat_template import TemplateError
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.data.tokens.tokenise import Tokenise
@@ -42,7 +43,10 @@ def tokenise(scenes_model: Path) -> Tokenise:
 
 
 def test_the_packaged_model_and_prompts_are_those_of_the_world() -> None:
-    facts = {"count": codes(), "length": CELLS * CELLS, "codec": "scenes", "opening": codes() + 2}
+    facts = {
+        "count": codes(), "length": CELLS * CELLS, "codec": "scenes",
+        "opening": codes() + 2, "padding": codes(), "words": 14,
+    }  # fmt: skip
     assert json.loads((FOLDER / "config.json").read_text())["image_codes"] == facts
     assert json.loads((FOLDER / "tokenizer_config.json").read_text())["image_codes"] == facts
     vocabulary = json.loads((FOLDER / "tokenizer.json").read_text())["model"]["vocab"]
@@ -112,18 +116,28 @@ def test_samples_are_whole_images_with_the_trainers_log_probs(
     assert float(torch.softmax(open_rows(model, prompts[:1]).logits()[0], -1).sum()) == pytest.approx(1)
 
 
+def test_prompts_are_filled_up_so_that_words_are_equally_far_from_each_place(tokenise: Tokenise) -> None:
+    images = tokenise.images
+    asked = [tokenise.prompt(text, False) for text in ("", "a photo of a ring")]
+    assert {len(prompt) for prompt in asked} == {images.words + 1}
+    assert all(prompt[-1] == images.opening for prompt in asked)
+    assert asked[0] == images.null_prompt(asked[1])
+    assert tokenise.prompt("a photo of a ring", False, budget=images.words) == ()
+    with pytest.raises(TemplateError, match="made for 14"):
+        tokenise.prompt("a photo of a ring " * 3, False)
+
+
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_guided_samples_have_the_guided_log_probs(
     model: torch.nn.Module, tokenise: Tokenise, guidance: float
 ) -> None:
     prompt = tokenise.prompt("a photo of a ring", False)
+    nothing = tokenise.prompt("", False)
     config = SAMPLING.model_copy(update={"guidance": guidance})
     (drawn,) = sample(model, [prompt], config, eos_id=tokenise.stop_ids, seed=1)
     for place in (0, 1, 30, 63):
         so_far = drawn.ids[:place]
-        given, without = (
-            WholeRows(model, [start + so_far]).logits()[0] for start in (prompt, (prompt[0], prompt[-1]))
-        )
+        given, without = (WholeRows(model, [start + so_far]).logits()[0] for start in (prompt, nothing))
         logps = torch.log_softmax(without + guidance * (given - without), -1)
         assert float(logps[drawn.ids[place]]) == pytest.approx(drawn.logps[place], abs=1e-4)
 
