@@ -28,7 +28,7 @@ def _result(workspace: str, run_id: str) -> str:
             ("promote" if decision["promote"] else "do not promote") if decision else "",
             f"gain {bounded(gain['value'], gain['low'], gain['high'], 'gap')}" if gain else "",
             f"{model['name']} version {model['version']}" if model else "",
-            about.get("objective") or about.get("method") or "",
+            f"trained with {about.get('objective') or about.get('method')}" if about else "",
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, damaged or of another version
         return ""

@@ -201,7 +201,7 @@ def _stale(report: RunReport, champion: Any | None) -> bool:
 
 def refuse(problem: str, reasons: list[str], remedy: str) -> NoReturn:
     """Raise PromotionRefused with the problem, its reasons and the remedy."""
-    message = f"{problem}: {'; '.join(reasons)}" if reasons else problem
+    message = f"{problem}: {'; '.join(reason.rstrip('.') for reason in reasons)}" if reasons else problem
     raise PromotionRefused(message, remedy)
 
 

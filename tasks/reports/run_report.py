@@ -19,6 +19,9 @@ from expectations.report import Finding
 from tasks.recipe.policies import REFERENCE
 from tasks.store.facts import Origin
 
+_IMPORT = "import-model"
+"""The stage that made the reference of a run without fine-tuning."""
+
 
 class RunInfo(Config):
     """The run's name, times, command and environment."""
@@ -279,7 +282,9 @@ class RunReport(Config):
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
     def label(self, policy: str) -> str:
-        """The displayed name of a policy: DPO, or DPO (simpo)."""
+        """The displayed name: DPO, DPO (simpo), or SFT (base model) where nothing was fine-tuned."""
+        if policy == REFERENCE and self.reference_stage == _IMPORT:
+            return f"{REFERENCE} (base model)"
         about = self.policies.get(policy)
         if about is None or not about.objective or about.objective in policy.lower():
             return policy

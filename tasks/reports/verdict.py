@@ -72,16 +72,16 @@ def finding(report: RunReport) -> Verdict:
     if policy.gain is None:
         why = "The paired difference was not measured."
         return Verdict(f"{name} was not compared with {REFERENCE}", "unclear", [why])
-    gain, own = interval(policy.gain, "gap"), report.label(name)
+    gain, own, reference = interval(policy.gain, "gap"), report.label(name), report.label(REFERENCE)
     reasons = [
-        f"Reward gain over {REFERENCE} {gain.value}, 95% interval {gain.bounds}, paired on "
+        f"Reward gain over {reference} {gain.value}, 95% interval {gain.bounds}, paired on "
         f"{policy.gain.n:,} prompts."
     ]
-    headline, tone = f"No difference between {own} and {REFERENCE} is shown", "unclear"
+    headline, tone = f"No difference between {own} and {reference} is shown", "unclear"
     if policy.gain.low > 0:
-        headline, tone = f"{own} scores higher than {REFERENCE}", "good"
+        headline, tone = f"{own} scores higher than {reference}", "good"
     elif policy.gain.high < 0:
-        headline, tone = f"{own} scores lower than {REFERENCE}", "bad"
+        headline, tone = f"{own} scores lower than {reference}", "bad"
     else:
         reasons.append("The interval contains zero: this run can neither show nor exclude an improvement.")
     if policy.gain.low <= 0 and policy.accuracy and policy.accuracy.low > 0.5:
@@ -91,7 +91,7 @@ def finding(report: RunReport) -> Verdict:
             "rejected answers, but the answers that it writes itself are not shown to be better."
         )
     if policy.win_rate:
-        reasons.append(f"Win rate against {REFERENCE} {interval(policy.win_rate, 'share')}.")
+        reasons.append(f"Win rate against {reference} {interval(policy.win_rate, 'share')}.")
     others = [row for row in evaluation.policies if row.name not in (REFERENCE, name) and row.gain]
     reasons += [_beside(report, policy, other) for other in others]
     return Verdict(headline, tone, [*reasons, measured_with(report)])  # type: ignore[arg-type]

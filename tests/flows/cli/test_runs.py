@@ -74,4 +74,4 @@ def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
         assert line.startswith(record.run_id)
         assert told in line
         assert line.endswith("  --set seed=1 --set 'data={openings: 9}'")
-        assert (", simpo  --set" in line) == ("simpo" in text)
+        assert (", trained with simpo  --set" in line) == ("simpo" in text)

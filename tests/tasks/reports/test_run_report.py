@@ -364,3 +364,10 @@ def test_the_page_and_markdown_say_what_the_reward_model_was_for() -> None:
     proxy = make_evaluation().model_copy(update={"reward_is_true": False})
     assert "The policies were evaluated with it." in text(report.model_copy(update={"evaluation": proxy}))
     assert "## Reward model" not in text(example(steps=2))
+
+
+def test_a_reference_that_was_not_fine_tuned_is_called_the_base_model() -> None:
+    report = example(steps=20)
+    imported = report.model_copy(update={"reference_stage": "import-model"})
+    assert "over SFT " in " ".join(verdict(report).reasons)
+    assert "over SFT (base model) " in " ".join(verdict(imported).reasons)
