@@ -21,7 +21,8 @@ CELL = 2
 SIZE = 6
 """Pixels of an image's side, a cell's and an object's."""
 CELLS = SIDE // CELL
-PLACES = tuple(product(range(0, SIDE - SIZE + 1, CELL), repeat=2))
+_CORNERS = range(0, SIDE - SIZE + 1, CELL)
+PLACES = tuple((x, y) for x in _CORNERS for y in _CORNERS)
 """(x, y) of an object's upper left corner."""
 
 SHAPES = {
