@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_core.data.split import prompt_key
+from dpo_core.images.files import names_image
 from expectations.rules import Subject
 
 if TYPE_CHECKING:
@@ -320,6 +321,8 @@ def _of_pairs(t: _Texts, least: int) -> dict[str, _Array]:
     chosen, rejected = t.bare["chosen"], t.bare["rejected"]
     both = t.usable & t.full["chosen"] & t.full["rejected"]
     same = np.fromiter(map(operator.eq, chosen, rejected), bool, len(both))
+    # The length of an image's name says nothing.
+    named = np.fromiter(map(names_image, chosen), bool, len(both))
     lengths = [np.fromiter(map(len, t.texts[c]), np.float64, len(both)) for c in ("chosen", "rejected")]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(lengths[0]) - np.log(lengths[1])
@@ -328,8 +331,8 @@ def _of_pairs(t: _Texts, least: int) -> dict[str, _Array]:
         "empty_rejected": t.usable & ~t.full["rejected"],
         "identical": both & same,
         "prompt_repeated": both & t.repeats(zip(chosen, rejected, strict=True), least),
-        "length_skew": np.where(both, (np.sign(ratio) + 1) / 2, np.nan),
-        "length_ratio": np.where(both, ratio, np.nan),
+        "length_skew": np.where(both & ~named, (np.sign(ratio) + 1) / 2, np.nan),
+        "length_ratio": np.where(both & ~named, ratio, np.nan),
         "_chosen": _hash(chosen),
         "_rejected": _hash(rejected),
     }

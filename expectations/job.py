@@ -9,6 +9,7 @@ import pandas as pd
 from dpo_core.data.answers import measure_answers
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.images.files import names_image, read_bytes
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.image_codec import texts_of
 from dpo_core.models.load import load_tokenizer
 from dpo_core.ranks import JobRanks
@@ -23,8 +24,11 @@ _ENCODED_AT_ONCE = 64
 
 def run(job: GateJob, ranks: JobRanks) -> dict[str, Any]:
     """Judge the rows, write those that may go on, and return the report and their counts."""
-    tokenise = Tokenise(load_tokenizer(Path(job.model)), job.tokens)
-    frame = with_codes(pd.read_parquet(job.rows), tokenise)
+    frame = pd.read_parquet(job.rows)
+    tokenise = None  # a diffusion model reads prompts by an encoder of its own, and makes no tokens
+    if not is_denoiser(Path(job.model)):
+        tokenise = Tokenise(load_tokenizer(Path(job.model)), job.tokens)
+        frame = with_codes(frame, tokenise)
     done = 0
 
     def tick(rows: int) -> None:
@@ -38,7 +42,7 @@ def run(job: GateJob, ranks: JobRanks) -> dict[str, Any]:
         subject=job.subject,
         config=job.config,
         docs_dir=Path(job.docs),
-        tokenisation=Tokenisation.of(tokenise),
+        tokenisation=Tokenisation.of(tokenise) if tokenise else None,
         baseline=job.baseline,
         tick=tick,
     )
@@ -47,12 +51,12 @@ def run(job: GateJob, ranks: JobRanks) -> dict[str, Any]:
         return result
     kept.to_parquet(job.out, index=False)
     held_out = kept[kept["split"] == "eval"].drop_duplicates(["prompt", "chat"])
-    answers = measure_answers(kept, tokenise)
+    answers = measure_answers(kept, tokenise) if tokenise else None
     return result | {
         "rows": len(kept),
         "sides": kept["split"].value_counts().to_dict(),
         "held_out_prompts": len(held_out),
-        "written_as": tokenise.note_on(kept["chat"].tolist()),
+        "written_as": tokenise.note_on(kept["chat"].tolist()) if tokenise else "",
         "answer_tokens": answers and answers.median,
         "answers_ended": answers and answers.complete,
         **_labels(kept, job.subject),

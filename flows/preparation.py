@@ -16,6 +16,7 @@ from tasks.reports.run_warnings import too_few_prompts, without_template
 from tasks.stages.base import Context, StageResult
 from tasks.stages.data import load_data, sample_pairs, validate
 from tasks.stages.models import import_model
+from tasks.stages.prepare_denoiser import prepare_denoiser
 from tasks.stages.prepare_sft import prepare_sft
 from tasks.stages.same_tokens import require_same_tokens
 from tasks.stages.train_reward import train_reward
@@ -68,7 +69,9 @@ def prepare(context: Context, recipe: Recipe, keep: RecordResult) -> Prepared:
     _require_answers(recipe, judged)
 
     reference = base
-    if recipe.sft.enabled:
+    if recipe.diffusion_sft is not None:
+        reference = keep(prepare_denoiser(context, base, recipe.diffusion_sft, seed))
+    if recipe.fine_tunes:
         demonstrations = None if kind == "prompts" else judged
         reference = keep(prepare_sft(context, base, demonstrations, recipe.sft, tokens, seed))
     pairs, sampled = judged, None
@@ -141,8 +144,7 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
 
 
 def _sft_reads_answers(recipe: Recipe) -> bool:
-    sft = recipe.sft
-    return sft.enabled and sft.reads_answers
+    return recipe.fine_tunes and recipe.sft.reads_answers
 
 
 def _require_labels(recipe: Recipe, kind: str) -> None:

@@ -3,6 +3,7 @@
 They run before a server is started, a run is recorded or a model is loaded.
 """
 
+import importlib.util
 import logging
 import sqlite3
 import tempfile
@@ -14,15 +15,17 @@ from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.run_suite import suite_files
 from dpo_core.evaluation.safety_classifier import refuse_training_reward
-from dpo_core.models.folder import makes_images
+from dpo_core.models.folder import IMAGES_EXTRA, is_denoiser, makes_images
 from dpo_core.models.source import check_source_context, locate, read_template
 from dpo_core.rewards.ensemble import parts
 from dpo_core.rewards.functions import check_reward
+from dpo_core.rewards.images import image_rewards
 from expectations.drift import load_baseline
 from tasks.promotion.model_source import as_folder, resolve
 from tasks.recipe.recipe import Recipe
 from tasks.runs.recipe import model_names, require_same_recipe, with_models
 from tasks.runs.record import find_run, list_runs
+from tasks.stages.prepare_denoiser import check_captions
 from tasks.stages.prepare_sft import check_demonstrations
 from tasks.store.files import open_workspace, require_writable
 from tasks.tracking.connection import begin_writing, resolve_uri
@@ -59,16 +62,49 @@ def check_before_run(recipe: Recipe, resume: str | None = None, cluster: Cluster
     if recipe.sft.demonstrations is not None:
         check_demonstrations(recipe.sft.demonstrations)
     _check_suites(recipe)
+    if recipe.diffusion_sft is not None and recipe.diffusion_sft.captions is not None:
+        check_captions(recipe.diffusion_sft.captions)
     if recipe.model.chat_template is not None:
         check_template(read_template(recipe.model.chat_template))
     tracker = Tracker(recipe.tracking, workspace)
-    model, _ = as_folder(recipe.model, workspace, tracker)
-    source = locate(model)
-    check_source_context(source, recipe.tokens.max_length)
+    if recipe.diffusion:
+        _check_images(recipe)
+    images = recipe.diffusion
+    if recipe.model.denoiser is None:
+        model, _ = as_folder(recipe.model, workspace, tracker)
+        source = locate(model)
+        require_kind(source, diffusion=recipe.diffusion)
+        check_source_context(source, recipe.tokens.max_length)
+        images = makes_images(source)
     if recipe.reward.source is not None:
-        check_reward(recipe.reward.source, images=makes_images(source))
+        check_reward(recipe.reward.source, images=images)
     for name in model_names(recipe)[1:]:
         check_source_context(resolve(name, workspace, tracker, verify=False).path, recipe.tokens.max_length)
+
+
+def _check_images(recipe: Recipe) -> None:
+    """Refuse a machine without diffusers, and rewards that read texts."""
+    if importlib.util.find_spec("diffusers") is None:
+        raise RecipeError("diffusion models need the package diffusers, which is not installed", IMAGES_EXTRA)
+    image_rewards(str(recipe.reward.source))
+
+
+def require_kind(source: Path, *, diffusion: bool) -> None:
+    """Refuse a model of another kind than the policies train.
+
+    Raises:
+        RecipeError: the policies train a diffusion model and it is none, or the other way round.
+    """
+    if diffusion and not is_denoiser(source):
+        raise RecipeError(
+            f"the policies train a diffusion model, and {source} is none",
+            "Set model.name to a folder of diffusers, or model.denoiser={} for a new small one",
+        )
+    if is_denoiser(source) and not diffusion:
+        raise RecipeError(
+            f"{source} is a diffusion model, and the policies train a language model",
+            "Set the policies' method to diffusion, or name a language model in model.name",
+        )
 
 
 def _check_suites(recipe: Recipe) -> None:

@@ -81,6 +81,10 @@ class DataConfig(Config):
     scenes: int | None = Field(default=None, ge=2, exclude_if=lambda count: count is None)
     """Number of generated prompts of each category, for images of the world of scenes, in place of a path."""
 
+    solid_scenes: bool = Field(default=False, exclude_if=lambda chosen: not chosen)
+    """The generated prompts of solid scenes, for a diffusion model, in place of a path; those of the suite
+    scenes_solid are held out."""
+
     held_out_content: bool = Field(default=False, exclude_if=lambda held_out: not held_out)
     """With `scenes`: no prompt names a ring, purple or four of a kind, which the suites do name."""
 
@@ -93,25 +97,36 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
-        known = ("path", "openings", "mixture", "scenes")
-        sources = [name for name in known if getattr(self, name) is not None]
+        known = ("path", "openings", "mixture", "scenes", "solid_scenes")
+        sources = [name for name in known if getattr(self, name) not in (None, False)]
         if len(sources) != 1:
             state = {0: "none is set", 2: "two are set"}.get(len(sources), "more are set")
             raise ValueError(
                 "set exactly one of data.path (a file, a folder or a hub name), data.mixture (several of "
-                f"them) and data.openings or data.scenes (a number of generated prompts); {state}"
+                f"them) and data.openings or data.scenes (a number of generated prompts) or "
+                f"data.solid_scenes; {state}"
             )
         unread = {
             "path": (),
             "mixture": ("split",) if self.eval_path is not None else ("format", "split", "columns"),
             "openings": ("format", "split", "columns", "limit", "pairs"),
             "scenes": ("format", "split", "columns", "limit", "pairs"),
+            "solid_scenes": (
+                "format",
+                "split",
+                "columns",
+                "limit",
+                "pairs",
+                "eval_path",
+                "eval_fraction",
+                "seed",
+            ),
         }[sources[0]]
         if changed := [name for name in unread if self._changed(name)]:
             names = ", ".join(f"data.{name}" for name in changed)
             why = (
                 f"there is no data.path, only data.{sources[0]}"
-                if sources[0] in ("openings", "scenes")
+                if sources[0] in ("openings", "scenes", "solid_scenes")
                 else "each set of data.mixture has its own"
             )
             have, them = ("has", "it") if len(changed) == 1 else ("have", "them")

@@ -53,7 +53,7 @@ def faulty_record(kind: Kind, why: str) -> Record:
     return _EMPTY[kind]._replace(fault=why)
 
 
-def _with_sound_images(record: Record) -> Record:
+def with_sound_images(record: Record) -> Record:
     """The record, or a fault where it is a pair of images that breaks one of their rules."""
     if not isinstance(record, PairFields) or not names_image(record.chosen):
         return record
@@ -208,7 +208,7 @@ class Converter:
             made = []
         else:
             made = [(converted, number)]
-        made = [(_with_sound_images(record), where) for record, where in made]
+        made = [(with_sound_images(record), where) for record, where in made]
         for record, _ in made:
             self._kinds[record.chat] += 1
         return made

@@ -1,5 +1,9 @@
 """Loads the recipe's data and its evaluation set into canonical tables: files, a mixture, or openings."""
 
+from collections.abc import Sequence
+
+import pandas as pd
+
 from dpo_core.data.config import DataConfig, SourceConfig
 from dpo_core.data.demo.reviews import review_openings
 from dpo_core.data.layouts.fields import PromptFields
@@ -7,6 +11,8 @@ from dpo_core.data.mixture import load_mixture
 from dpo_core.data.records import Loaded, load_source, subsample, to_frame
 from dpo_core.images.prompts import ALL, HELD_OUT, PROMPT_FILES, records
 from dpo_core.images.records import Record, read_record
+from dpo_core.images.solid import prompts
+from dpo_core.system import digest_text
 
 
 def load(config: DataConfig) -> Loaded:
@@ -18,15 +24,22 @@ def load(config: DataConfig) -> Loaded:
     if config.mixture is not None:
         return subsample(load_mixture(config), config.limit, config.seed)
     if config.scenes is not None:
-        prompts = [PromptFields(r.prompt, False, metadata=r.to_json()) for r in own_records(config)]
-        frame = to_frame(prompts, "prompts")
+        frame = _prompts_of(own_records(config))
         return Loaded(frame, "prompts", "prompts", "self-made prompts of scenes", {"rows_read": len(frame)})
+    if config.solid_scenes:
+        frame = _prompts_of(prompts(held_out=False))
+        return Loaded(frame, "prompts", "prompts", "prompts of solid scenes", {"rows_read": len(frame)})
     if config.path is None:
         texts = review_openings(config.openings or 0, config.seed)
         frame = to_frame([PromptFields(text, False) for text in texts], "prompts")
         return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
     source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
     return subsample(load_source(source, config), config.limit, config.seed)
+
+
+def _prompts_of(asked: Sequence[Record]) -> pd.DataFrame:
+    fields = [PromptFields(record.prompt, False, metadata=record.to_json()) for record in asked]
+    return to_frame(fields, "prompts")
 
 
 def own_records(config: DataConfig) -> list[Record]:
@@ -42,7 +55,12 @@ def own_records(config: DataConfig) -> list[Record]:
 
 
 def load_eval(config: DataConfig) -> Loaded | None:
-    """The table of `config.eval_path`, without the limit for training data; None without a path."""
+    """The table of `config.eval_path`, without the limit for training data, or the held-out prompts of solid
+    scenes; None without either."""
+    if config.solid_scenes:
+        # Mixed, so that the first ones, which a run shows, are of every category.
+        frame = _prompts_of(sorted(prompts(held_out=True), key=lambda record: digest_text(record.prompt)))
+        return Loaded(frame, "prompts", "prompts", "prompts of solid scenes", {"rows_read": len(frame)})
     if config.eval_path is None:
         return None
     source = SourceConfig(

@@ -14,13 +14,15 @@ from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig, with_date
 from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.errors import ModelError
+from dpo_core.errors import ModelError, RecipeError
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import Classifier
 from dpo_core.evaluation.safety_models import load_classifier
+from dpo_core.evaluation.suite_names import OF_DENOISERS
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.load import config_in, load_model, load_tokenizer
 from dpo_core.models.source import check_context, weights_digest
 from dpo_core.ranks import Ranks, SingleRank
@@ -32,6 +34,8 @@ from dpo_core.statistics.estimates import Floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dpo_core.models.denoiser import Denoiser
 
 
 @dataclass
@@ -63,6 +67,7 @@ class ModelUnderTest:
     @cached_property
     def model(self) -> Any:
         """The fp32 model in eval mode, loaded on first use."""
+        _ = self.tokenizer  # refuses a diffusion model
         return load_model(self.path).to(self.device)
 
     @cached_property
@@ -76,7 +81,19 @@ class ModelUnderTest:
         return self.model
 
     @cached_property
+    def denoiser(self) -> "Denoiser":
+        """A diffusion model, loaded on first use."""
+        from dpo_core.models.denoiser import load_denoiser  # noqa: PLC0415 - only for diffusion models
+
+        return load_denoiser(self.path).on_device()
+
+    @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
+        if is_denoiser(self.path):
+            raise RecipeError(
+                f"{self.name} is a diffusion model, and the suite is of language models",
+                f"Use {' or '.join(OF_DENOISERS)}",
+            )
         return load_tokenizer(self.path)
 
     @cached_property

@@ -53,7 +53,9 @@ class PolicyRow(Config):
             "Preference accuracy", "implicit reward on held-out pairs", "share", headline=True, always=True
         ),
     ] = None
-    length: Annotated[Estimate, MetricFormat("Length, tokens", "mean completion", headline=True)]
+    length: Annotated[Estimate | None, MetricFormat("Length, tokens", "mean completion", headline=True)] = (
+        None  # of images by a diffusion model, which have no tokens
+    )
     ended: Annotated[
         float | None,
         MetricFormat("Answers that end", "share of completions that are not cut at the most tokens", "share"),
@@ -62,8 +64,8 @@ class PolicyRow(Config):
         float | None, MetricFormat("distinct-1", "share of words that are unique; low is repetitive")
     ] = None
     distinct_2: Annotated[
-        float, MetricFormat("distinct-2", "share of word pairs that are unique; low is repetitive")
-    ]
+        float | None, MetricFormat("distinct-2", "share of word pairs that are unique; low is repetitive")
+    ] = None
     self_bleu: Annotated[
         Estimate | None,
         MetricFormat("Self-BLEU", "against other completions of the prompt; high is repetitive"),

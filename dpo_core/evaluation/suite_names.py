@@ -16,13 +16,17 @@ MODULES = {
     "truthfulqa_gen": "truthfulqa",
     "scenes": "scenes",
     "scenes_gen": "scenes",
+    "scenes_solid": "scenes_solid",
     "geneval": "image_protocols",
     "compbench": "image_protocols",
 }
 """Suite name: module of `dpo_core.evaluation.suites` that exports it in `SUITES`."""
 
-PACKAGED = ("scenes", "scenes_gen")
+PACKAGED = ("scenes", "scenes_gen", "scenes_solid")
 """Suites whose data file comes with this package."""
+
+OF_DENOISERS = ("scenes_solid", "geneval", "compbench")
+"""Suites that diffusion models can run."""
 
 
 def module_of(suite: str) -> str:

@@ -58,24 +58,26 @@ def summarise_samples(
     def mean(values: Sequence[float], what: str) -> dict[str, Any]:
         return _data(stats.bootstrap_mean(values, clusters, seed=seed, name=f"{name}'s {what}"))
 
-    row: dict[str, Any] = {
-        "reward": mean(samples.rewards, "reward"),
-        "length": mean([len(s.completion) for s in samples.sequences], "length"),
-        "distinct_1": distinct_n([s.completion for s in samples.sequences], 1, length=length),
-        "distinct_2": distinct_n([s.completion for s in samples.sequences], 2, length=length),
-        "entropy": samples.entropy,
-        "ended": float(np.mean(samples.ended)),
-    }
+    row: dict[str, Any] = {"reward": mean(samples.rewards, "reward")}
+    if samples.sequences:  # a diffusion model writes none
+        row |= {
+            "length": mean([len(s.completion) for s in samples.sequences], "length"),
+            "distinct_1": distinct_n([s.completion for s in samples.sequences], 1, length=length),
+            "distinct_2": distinct_n([s.completion for s in samples.sequences], 2, length=length),
+            "entropy": samples.entropy,
+            "ended": float(np.mean(samples.ended)),
+        }
     by_prompt: dict[int, list[str]] = {}
     for index, text in zip(samples.prompt_index, samples.texts, strict=False):
         by_prompt.setdefault(index, []).append(text)
-    if len(by_prompt) > 1 and min(map(len, by_prompt.values())) > 1:
+    if samples.sequences and len(by_prompt) > 1 and min(map(len, by_prompt.values())) > 1:
         row["self_bleu"] = _data(stats.share(self_bleu(list(by_prompt.values()))))
     if samples.entropies:
         row["predictive_entropy"] = mean(samples.entropies, "entropy")
     if baseline is not None:
-        row["kl"] = mean(samples.kl_k1, "KL")
-        row["kl_k3"] = mean(samples.kl_k3, "KL (k3)")
+        if samples.kl_k1:
+            row["kl"] = mean(samples.kl_k1, "KL")
+            row["kl_k3"] = mean(samples.kl_k3, "KL (k3)")
         if baseline.prompt_index != samples.prompt_index:
             raise StageFailed(
                 f"{name} and the reference answered different prompts",

@@ -20,6 +20,8 @@ class SamplingConfig(Config):
     guidance: float = Field(1.0, ge=0, exclude_if=lambda weight: weight == 1)
     """Of a model of images: its logits are ℓ_u + w(ℓ_c - ℓ_u), of the prompt (c) and of one that says nothing
     (u). 1 samples from the policy itself."""
+    denoising_steps: int = Field(20, ge=1, exclude_if=lambda steps: steps == 20)
+    """Of a diffusion model: its steps for an image. It reads this, `guidance` and `batch_size` alone."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of the weights while sampling. bf16 samples from a rounded policy and is about 1.5 times as
     fast on a CPU; log-probs are always recomputed with the fp32 weights."""

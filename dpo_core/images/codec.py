@@ -4,6 +4,7 @@ Shapes: N images of H × W pixels with red, green and blue.
 """
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,13 @@ def as_images(pixels: Pixels) -> list["Image"]:
     from PIL import Image  # noqa: PLC0415 - only runs with images need it
 
     return [Image.fromarray(image) for image in pixels]
+
+
+def read_pixels(files: Sequence[bytes]) -> Pixels:
+    """The pixels (N, H, W, 3) of PNG files of one size."""
+    from PIL import Image  # noqa: PLC0415 - only runs with images need it
+
+    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
 
 
 def as_png(pixels: Pixels, scale: int = 1) -> bytes:

@@ -1,9 +1,11 @@
-"""Images that answers of canonical rows name: `image:SHA256:PATH`, the digest of the bytes and their file.
+"""Images that answers of canonical rows name: `image:SHA256:PATH`, the digest of the bytes and their file; or
+with `data:…`, the bytes themselves, in place of the path.
 
 Rules for single images and for pairs are checked while rows are read; a row that breaks one is a fault, which
 the data gate counts by reason.
 """
 
+import base64
 import hashlib
 import io
 import os
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MARK = "image:"
+_INLINE = "data:image/png;base64,"
 _MODES = ("RGB", "L")
 
 
@@ -43,6 +46,11 @@ def name_of(path: Path) -> str:
     return f"{_MARK}{hashlib.sha256(content).hexdigest()}:{path.absolute()}"
 
 
+def inline_name(png: bytes) -> str:
+    """The name of a PNG file that holds its bytes, so that sampled images move with their table."""
+    return f"{_MARK}{hashlib.sha256(png).hexdigest()}:{_INLINE}{base64.b64encode(png).decode()}"
+
+
 def store(content: bytes, folder: Path) -> str:
     """The name of bytes, which are kept in a folder, equal ones once."""
     digest = hashlib.sha256(content).hexdigest()
@@ -62,6 +70,8 @@ def read_bytes(answer: str) -> bytes:
         DataError: the file is gone, or is not the one that was named.
     """
     digest, _, path = answer.removeprefix(_MARK).partition(":")
+    if path.startswith(_INLINE):
+        return base64.b64decode(path.removeprefix(_INLINE))
     try:
         content = Path(path).read_bytes()
     except OSError as error:

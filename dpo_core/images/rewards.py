@@ -1,17 +1,20 @@
 """Rewards of scenes by what the detector sees of the prompt's record."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dpo_core.images.records import Record, Thing, read_record, requirements
-from dpo_core.images.scenes import decode, detect
+from dpo_core.images.scenes import Pixels, decode, detect
+from dpo_core.images.solid import graded
 
-Kind = Literal["exact", "binary", "words"]
+Kind = Literal["exact", "binary", "words", "graded"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """exact: the share of the record's requirements that hold. binary: 1 where all hold, as GenEval counts.
-words: the share of its words that occur in the image; blind to whose colour it is, how many, and where."""
+words: the share of its words that occur in the image; blind to whose colour it is, how many, and where.
+graded: the mean of binary and of how well the best windows fit solid objects of the record, which tells a bad
+image from a worse one."""
 PREFIX = "scenes:"
 """Before a kind, in a recipe's reward."""
 
@@ -28,16 +31,30 @@ class SceneReward:
         self.name = PREFIX + kind
 
     def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], metadata: Sequence[str]
+        self, prompts: Sequence[str], completions: Sequence[Any], metadata: Sequence[str]
     ) -> list[float]:
         """Rewards between 0 and 1.
 
         Args:
-            completions: images in their canonical text.
+            completions: images in their canonical text, or PIL images.
             metadata: the prompts' records as JSON.
         """
-        found = detect(decode(np.array([list(map(int, image.split())) for image in completions])))
-        return [reward(self.kind, read_record(m), things) for m, things in zip(metadata, found, strict=True)]
+        return rewards_of(self.kind, list(map(read_record, metadata)), _pixels(completions))
+
+
+def _pixels(completions: Sequence[Any]) -> Pixels:
+    if isinstance(completions[0], str):
+        return decode(np.array([list(map(int, image.split())) for image in completions]))
+    return np.stack([np.asarray(image) for image in completions])
+
+
+def rewards_of(kind: Kind, records: Sequence[Record], images_N: Pixels) -> list[float]:
+    """The reward of each image."""
+    found = detect(images_N)
+    if kind != "graded":
+        return [reward(kind, record, things) for record, things in zip(records, found, strict=True)]
+    right = [reward("binary", record, things) for record, things in zip(records, found, strict=True)]
+    return [(hit + fit) / 2 for hit, fit in zip(right, graded(records, images_N), strict=True)]
 
 
 def reward(kind: Kind, record: Record, things: Sequence[Thing]) -> float:

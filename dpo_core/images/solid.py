@@ -6,6 +6,7 @@ counts and places.
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,8 @@ CONTENT = Content(
     colors=("red", "green", "blue", "yellow"),
     textures=("solid",),
 )
+PROMPT_FILE = Path(__file__).parent / "solid_prompts.jsonl"
+"""The held-out prompts, which the suite `scenes_solid` asks for, in the form of GenEval's metadata."""
 SOLID_TAGS = ("single_object", "two_object", "colors", "color_attr")
 
 

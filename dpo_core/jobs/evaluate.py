@@ -27,13 +27,17 @@ from dpo_core.evaluation.policies import (
     sequence_logps,
 )
 from dpo_core.evaluation.summary import PolicySamples
-from dpo_core.images.codec import as_png
+from dpo_core.generation.images import sample_images
+from dpo_core.images.codec import as_png, read_pixels
 from dpo_core.jobs.files import EvaluationJob
 from dpo_core.jobs.start import device
+from dpo_core.models.denoiser import load_denoiser
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.image_codec import pixels_of
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import JobRanks, Ranks
 from dpo_core.rewards.ensemble import is_ensemble
+from dpo_core.rewards.images import score_images
 from dpo_core.rewards.model import Scorer, metadata_of, scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.completion_scores import logprob_flops
@@ -50,6 +54,8 @@ def run(job: EvaluationJob, ranks: JobRanks) -> dict[str, Any]:
     Raises:
         StageFailed: no prompt or pair is held out.
     """
+    if is_denoiser(Path(job.reference)):
+        return _of_denoisers(job, ranks)
     tokenise = Tokenise(load_tokenizer(Path(job.reference)), job.tokens)
     evaluation = _Evaluation(job, ranks, tokenise)
     for name in job.policies:
@@ -57,6 +63,46 @@ def run(job: EvaluationJob, ranks: JobRanks) -> dict[str, Any]:
     evaluation.read_with_reference()
     evaluation.score()
     return evaluation.result()
+
+
+def _of_denoisers(job: EvaluationJob, ranks: Ranks) -> dict[str, Any]:
+    """Images and their rewards. A diffusion model has no log-probs, so there is no KL and no accuracy."""
+    config, frame = job.config, _held_out(job.prompts, job.config)
+    texts = frame["prompt"].tolist()
+    index = [place for place in range(len(texts)) for _ in range(config.samples_per_prompt)]
+    asked = [texts[place] for place in index]
+    files = {
+        name: sample_images(
+            load_denoiser(Path(path)).on_device(), asked, config.sampling, seed=job.seed, ranks=ranks
+        )
+        for name, path in job.policies.items()
+    }
+    # A prompt's images of all policies stand together, which an ensemble compares.
+    places = sorted((at, i, name) for name in files for i, at in enumerate(index))
+    rewards = score_images(
+        job.reward,
+        [texts[at] for at, _, _ in places],
+        [files[name][i] for _, i, name in places],
+        metadata_of(frame.to_dict("records")),
+        ranks,
+    )
+    scored = {(name, i): reward for (_, i, name), reward in zip(places, rewards, strict=True)}
+    policies = {}
+    for name in files:
+        drawn = PolicySamples(index, [], [], [scored[name, i] for i in range(len(index))])
+        drawn.texts = [""] * len(index)
+        policies[name] = {"samples": asdict(drawn), "accuracy": None, "accuracy_by_source": {}}
+    images = []
+    for place in range(min(config.shown, len(texts))):
+        own = [i for i, at in enumerate(index) if at == place]
+        images.append({name: [_for_page(listed[i]) for i in own] for name, listed in files.items()})
+    return {"prompts": texts, "held_out_pairs": 0, "policies": policies, "flops": 0.0, "images": images}
+
+
+def _for_page(file: bytes) -> str:
+    """A PNG file in base64, drawn larger if it is small."""
+    (pixels,) = read_pixels([file])
+    return base64.b64encode(as_png(pixels, max(1, _SIDE // len(pixels)))).decode()
 
 
 class _Evaluation:
@@ -202,13 +248,19 @@ def held_out_prompts(
     path: str, tokenise: Tokenise, config: EvaluateConfig
 ) -> list[tuple[tuple[int, ...], str]]:
     """Ids and text of each held-out prompt, at most `config.prompts`."""
+    frame = _held_out(path, config)
+    room = config.sampling.max_new_tokens
+    prompts = [(tokenise.prompt_of(row, room), row["prompt"]) for row in frame.to_dict("records")]
+    return [(ids, text) for ids, text in prompts if ids]
+
+
+def _held_out(path: str, config: EvaluateConfig) -> pd.DataFrame:
+    """The rows of the first `config.prompts` held-out prompts, one of each."""
     frame = pd.read_parquet(path)
     frame = frame[frame["split"] == "eval"].drop_duplicates(["prompt", "chat"]).head(config.prompts)
     if frame.empty:
         raise NeedsNewSettings("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
-    room = config.sampling.max_new_tokens
-    prompts = [(tokenise.prompt_of(row, room), row["prompt"]) for row in frame.to_dict("records")]
-    return [(ids, text) for ids, text in prompts if ids]
+    return frame
 
 
 def _held_out_pairs(job: EvaluationJob, tokenise: Tokenise) -> list[TokenPair]:

@@ -115,8 +115,8 @@ class SceneCaptionsJob(ModelJob):
     """Images."""
     wrong: float = Field(0.25, ge=0, le=1)
     """Share of images that show what another caption says."""
-    channels: tuple[int, ...] = (32, 64)
-    """Channels of the levels of the UNet, multiples of 8."""
+    channels: tuple[int, ...] | None = (32, 64)
+    """Channels of the levels of the UNet, multiples of 8. Empty: no model."""
     seed: int = 0
 
 

@@ -6,19 +6,25 @@ from typing import Any
 
 import pandas as pd
 
+from dpo_core.data.convert import with_sound_images
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.layouts.fields import PairFields
+from dpo_core.data.layouts.fields import PairFields, Record
 from dpo_core.data.records import to_frame
 from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import NeedsNewSettings
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import Completion, sample
+from dpo_core.generation.images import sample_images
+from dpo_core.images.files import inline_name
 from dpo_core.jobs.files import PairSamplingJob
 from dpo_core.jobs.start import device
 from dpo_core.methods.pair_sampling import PairSamplingConfig, ScoredSample, pair_up
+from dpo_core.models.denoiser import load_denoiser
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import JobRanks, Ranks
+from dpo_core.rewards.images import score_images
 from dpo_core.rewards.model import metadata_of, scorer
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.model_shape import shape_of
@@ -36,6 +42,8 @@ def run(job: PairSamplingJob, ranks: JobRanks) -> dict[str, Any] | None:
         StageFailed: no two samples of a prompt make a pair.
     """
     config, model_path = job.config, Path(job.model)
+    if is_denoiser(model_path):
+        return _of_denoiser(job, ranks)
     tokenise = Tokenise(load_tokenizer(model_path), job.tokens)
     room = config.sampling.max_new_tokens
     prompts = [(row, tokenise.prompt_of(row, room)) for row in read_parquet(job.prompts)]
@@ -49,7 +57,36 @@ def run(job: PairSamplingJob, ranks: JobRanks) -> dict[str, Any] | None:
     if ranks.rank != 0:
         return None
     texts = [tokenise.text(s.completion, s.prompt) for s in sequences]
-    frame, counts = pair_rows(rows, texts, [c.ended for c in drawn], rewards, config)
+    lengths = [(len(s.prompt), len(s.completion)) for s in sequences]
+    counts = _write_pairs(job, rows, texts, [c.ended for c in drawn], rewards)
+    return counts | {"flops": cost.sampling(shape_of(model), lengths)}
+
+
+def _of_denoiser(job: PairSamplingJob, ranks: Ranks) -> dict[str, Any] | None:
+    """Images of the prompts to train on; the pairs hold them."""
+    rows = [row for row in read_parquet(job.prompts) if row["split"] == "train"]
+    asked = [row["prompt"] for row in rows for _ in range(job.config.samples_per_prompt)]
+    denoiser = load_denoiser(Path(job.model)).on_device()
+    files = sample_images(denoiser, asked, job.config.sampling, seed=seed_for(job.seed, "pairs"), ranks=ranks)
+    rewards = score_images(job.reward, asked, files, metadata_of(rows), ranks)
+    if ranks.rank != 0:
+        return None
+    return _write_pairs(job, rows, [inline_name(file) for file in files], [True] * len(files), rewards)
+
+
+def _write_pairs(
+    job: PairSamplingJob,
+    rows: list[dict[str, Any]],
+    texts: list[str],
+    ended: list[bool],
+    rewards: list[float],
+) -> dict[str, Any]:
+    """Write the pairs, and return the counts.
+
+    Raises:
+        NeedsNewSettings: no two samples of a prompt make a pair.
+    """
+    frame, counts = pair_rows(rows, texts, ended, rewards, job.config)
     if frame.empty:
         raise NeedsNewSettings(
             f"no pair could be made of {counts['samples']} samples: {counts['ties']} candidate pairs are "
@@ -57,8 +94,7 @@ def run(job: PairSamplingJob, ranks: JobRanks) -> dict[str, Any] | None:
             "Draw more or longer samples (pairs.*), or choose a reward that distinguishes them",
         )
     frame.to_parquet(job.out, index=False)
-    lengths = [(len(s.prompt), len(s.completion)) for s in sequences]
-    return counts | {"flops": cost.sampling(shape_of(model), lengths)}
+    return counts
 
 
 def _draw(
@@ -88,7 +124,7 @@ def pair_rows(
     config: PairSamplingConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
-    records: list[PairFields] = []
+    records: list[Record] = []
     numbers: list[int] = []
     splits: list[str] = []
     ties = 0
@@ -108,18 +144,17 @@ def pair_rows(
         pairs, tied = pair_up(scored, config) if len(scored) > 1 else ([], 0)
         ties += tied
         for better, worse in pairs:
-            records.append(
-                PairFields(
-                    row["prompt"],
-                    bool(row["chat"]),
-                    better.text,
-                    worse.text,
-                    chosen_ended=better.ended,
-                    rejected_ended=worse.ended,
-                    tools=row.get("tools", ""),
-                    source=row.get("source", ""),
-                )
+            pair = PairFields(
+                row["prompt"],
+                bool(row["chat"]),
+                better.text,
+                worse.text,
+                chosen_ended=better.ended,
+                rejected_ended=worse.ended,
+                tools=row.get("tools", ""),
+                source=row.get("source", ""),
             )
+            records.append(with_sound_images(pair))
             numbers.append(int(row["row"]))
             splits.append(row["split"])
     frame = to_frame(records, "pairs", numbers).assign(split=pd.array(splits, dtype="string[pyarrow]"))

@@ -15,13 +15,16 @@ FILE = SceneCaptionsJob
 
 
 def run(job: SceneCaptionsJob, ranks: JobRanks) -> dict[str, Any]:
-    """Write `captions.parquet` and the folder `model`."""
+    """Write `captions.parquet` and, if it is asked for, the folder `model`."""
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = [
         {"id": str(number), "prompt": prompt, "image": as_png(image)}
         for number, (prompt, image) in enumerate(captioned(job.count, job.seed, job.wrong))
     ]
-    pd.DataFrame(rows).to_parquet(out / "captions.parquet", index=False)
-    make_scene_denoiser(out / "model", job.channels, job.seed)
+    partial = out / "captions.part"
+    pd.DataFrame(rows).to_parquet(partial, index=False)
+    partial.rename(out / "captions.parquet")
+    if job.channels is not None:
+        make_scene_denoiser(out / "model", job.channels, job.seed)
     return {"images": len(rows)}

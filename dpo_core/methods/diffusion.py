@@ -30,7 +30,7 @@ class DiffusionConfig(LoopConfig):
     draws: int = Field(8, ge=1)
     """Fixed noises and noise levels of each example. An epoch uses one, and after the last the first comes
     again, with the reference's errors already computed."""
-    reference: Literal["cached", "live"] = "cached"
+    reference_errors: Literal["cached", "live"] = "cached"
     """cached: the reference's errors of all draws are computed before the first step. live: the reference
     stays in memory and runs in each step, which is slower and needs no pass before."""
     optim: OptimConfig = OptimConfig(learning_rate=1e-5)
@@ -39,6 +39,8 @@ class DiffusionConfig(LoopConfig):
     """Precision, ZeRO stage, ranks, checkpoints."""
     lora: LoraConfig | None = None
     """Train only LoRA weights, which are merged into the result; empty: train all weights."""
+    limit: int | None = Field(None, ge=1)
+    """Largest number of pairs to train on: a seeded sample. Empty: all."""
     check_rows: int = Field(8, ge=0)
     """Examples whose errors are compared with the reference's before the first step."""
 
@@ -67,9 +69,22 @@ class DiffusionConfig(LoopConfig):
         return Term(self.objective, 1.0, entry.resolve(scale | self.parameters))
 
     @property
+    def terms(self) -> list[Term]:
+        """The objective in words: without the scale of rewards, unless it is set."""
+        entry = self.objective_entry
+        silent = entry.reward_scale if entry.reward_scale not in self.parameters else None
+        named = {name: value for name, value in self.term.parameters.items() if name != silent}
+        return [Term(self.objective, 1.0, named)]
+
+    @property
     def on_pairs(self) -> bool:
         """Whether the objective compares the two images of a pair."""
         return self.objective_entry.data == "pairs"
+
+
+def _examples(settings: DiffusionConfig, pairs: int) -> int:
+    """Objectives on single images learn from both of a pair."""
+    return settings.steps(pairs if settings.on_pairs else 2 * pairs)
 
 
 METHOD = Method(
@@ -90,5 +105,7 @@ METHOD = Method(
         Panel("Preference accuracy", "share of pairs", (("rewards/accuracies", "accuracy"),), 0.5),
         GRADIENT,
     ),
-    policy=False,
+    model="denoiser",
+    reference=lambda settings: "live" if settings.reference_errors == "live" else "errors",
+    total_steps=_examples,
 )

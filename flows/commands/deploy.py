@@ -191,6 +191,7 @@ def _check_files(where: str, recipe: Recipe, *, data: bool) -> None:
         *((field, path) for field, path in recipe.data.named_paths if data and _is_file(path)),
         *(("reward.source", reward) for reward in rewards if reward.endswith(".py")),
         ("sft.demonstrations", recipe.sft.demonstrations),
+        ("diffusion_sft.captions", recipe.diffusion_sft and recipe.diffusion_sft.captions),
         ("gate.baseline", recipe.gate.baseline),
         ("model.chat_template", recipe.model.chat_template),
     ]

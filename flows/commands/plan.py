@@ -85,7 +85,8 @@ def show(plan: Plan) -> None:
         console.print(Text(f"estimate: {note}"))
     console.print(Text(f"times from {plan.speed}"))
     memory = amount(plan.memory_bytes, "B", 1024)
-    console.print(Text(f"{amount(plan.parameters, '')} parameters on {plan.device}, {memory} of memory"))
+    size = f"{amount(plan.parameters, '')} parameters on " if plan.parameters else ""
+    console.print(Text(f"{size}{plan.device}, {memory} of memory"))
     console.print(Text(f"model {plan.layout}"))
     for warning in plan.warnings:
         console.print(Text(f"! {warning}", style="yellow"))

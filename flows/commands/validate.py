@@ -18,6 +18,7 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.models.config import ModelConfig
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.load import load_tokenizer, templates_of
 from dpo_core.models.source import locate, read_template
 from dpo_core.system import digest_text
@@ -76,7 +77,9 @@ def judge_file(
     config, gate = settings.data, settings.gate
     loaded = load(config)
     frame = split_table(loaded, config)
-    tokenise = tokenise_of(settings.model, settings.tokens) if has_model else None
+    tokenise = None
+    if has_model and not _is_denoiser(settings.model):
+        tokenise = tokenise_of(settings.model, settings.tokens)
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder per data set, so that the next check of it replaces this one's Data Docs.
     name = digest_text(os.path.abspath(data))[:12]
@@ -118,9 +121,15 @@ def _settings(
     sections: dict[str, Any] = {"data": {}, "gate": {}, "tokens": {}, "model": {}}
     if recipe:
         sections = load_recipe(recipe).model_dump(mode="json", include=set(sections))
-    sections["data"] |= {"path": data, "openings": None, "mixture": None}
+    sections["data"] |= {"path": data, "openings": None, "mixture": None, "scenes": None}
+    sections["data"] |= {"solid_scenes": False, "held_out_content": False}
     sections["model"] |= {"name": model} if model else {}
     return with_overrides(_Settings, sections, overrides, f"{data} cannot be checked", "Correct the override")
+
+
+def _is_denoiser(config: ModelConfig) -> bool:
+    """Whether a model is a diffusion model, of which no rule needs tokens."""
+    return config.denoiser is not None or is_denoiser(Path(config.name).expanduser())
 
 
 def tokenise_of(config: ModelConfig, tokens: TokenConfig) -> Tokenise:

@@ -22,8 +22,11 @@ from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import answers_cut, too_few_prompts, without_template
 from tasks.runs.recipe import changed_since
 from tasks.stages.base import StageResult, Why
+from tasks.stages.models import IMPORT
 from tasks.stages.planned_run import PlannedRun
 from tasks.stages.registry import label_of, stage_of
+
+_UNKNOWN = "of diffusion models no work is estimated: times are those of earlier runs, or of starting alone"
 
 
 class StagePlan(Config):
@@ -98,7 +101,7 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
         workspace=workspace,
         device=speed.device,
         memory_bytes=speed.memory_bytes,
-        parameters=work.shape.parameters,
+        parameters=_parameters(work, stages),
         layout=work.layout,
         speed=speed.source,
         stages=rows,
@@ -115,9 +118,18 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
     )
 
 
+def _parameters(work: PlannedRun, stages: Mapping[str, StageResult]) -> int:
+    """Parameters of the model; 0 for a diffusion model that is not imported yet."""
+    if work.recipe.diffusion:
+        return stages[IMPORT.name].manifest.parameters or 0
+    return work.shape.parameters
+
+
 def _early_warnings(recipe: Recipe, work: PlannedRun) -> list[str]:
     """Warnings about the evaluation that are known before the run."""
     held_out = work.gated[work.gated["split"] == "eval"].drop_duplicates(["prompt", "chat"])
+    if recipe.diffusion:
+        return [line for line in [too_few_prompts(recipe, len(held_out))] if line]
     warnings = [
         without_template(recipe, work.tokenise.note_on(work.gated["chat"].tolist())),
         too_few_prompts(recipe, len(held_out)),
@@ -154,7 +166,11 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
     job = "training" if trains else stage.job
     if result.cached:
         return StagePlan(name=name, state="cached", trains=trains, job=job)
-    work = stage.estimate(run, label_of(name)) if stage.estimate else EstimatedWork()
+    work = EstimatedWork()
+    if stage.estimate and run.recipe.diffusion:
+        work = EstimatedWork(note=_UNKNOWN)
+    elif stage.estimate:
+        work = stage.estimate(run, label_of(name))
     parts = _memory(work, run, speed)
     processes = work.engine.processes if work.engine else work.processes
     if processes is None:

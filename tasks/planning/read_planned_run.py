@@ -33,6 +33,8 @@ def read_planned_run(recipe: Recipe, stages: Mapping[str, StageResult]) -> Plann
         ModelError: the run would refuse the model.
     """
     base = stages[IMPORT.name].manifest
+    if recipe.diffusion:
+        return _of_denoiser(recipe, stages)
     model = ModelConfig(name=str(base.path), trust_remote_code=recipe.model.trust_remote_code)
     if base.planned:
         workspace = Path(recipe.workspace)
@@ -50,6 +52,15 @@ def read_planned_run(recipe: Recipe, stages: Mapping[str, StageResult]) -> Plann
         gated=gated,
         sampled=_rows(stages, GATES["pairs"].name) if kind == "prompts" else None,
     )
+
+
+def _of_denoiser(recipe: Recipe, stages: Mapping[str, StageResult]) -> PlannedRun:
+    """Without shape and tokenizer, since nothing of a diffusion model's work is estimated."""
+    kind = facts_of(stages[LOAD.name].manifest, LoadFacts).kind
+    gated = _rows(stages, GATES[kind].name, LOAD.name)
+    if gated is None:
+        gated = _sound(split_table(load(recipe.data), recipe.data))
+    return PlannedRun(recipe, None, "is a diffusion model", None, kind, gated)  # type: ignore[arg-type]
 
 
 def _rows(stages: Mapping[str, StageResult], *names: str) -> pd.DataFrame | None:

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.config import ModelConfig
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.source import weights_digest
 from dpo_core.redaction import redact
 from tasks.promotion.finished_run import database_gone, newest_report, read_report, registry_of
@@ -204,7 +205,7 @@ def version_title(version: Any) -> str:
 def weights_of(version: Any) -> Path | None:
     """The checkpoint folder of a registered version; None if it is not on this machine."""
     folder = path_of(version.tags.get("dpo.weights_uri", ""))
-    return folder if folder and (folder / "config.json").is_file() else None
+    return folder if folder and ((folder / "config.json").is_file() or is_denoiser(folder)) else None
 
 
 def require_intact(folder: Path, sha256: str | None, what: str) -> None:

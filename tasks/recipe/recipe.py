@@ -14,6 +14,7 @@ from dpo_core.evaluation.config import EvaluateConfig, PromotionConfig, SuitesCo
 from dpo_core.jobs.files import InferenceConfig
 from dpo_core.judging.config import JudgeConfig
 from dpo_core.methods import dpo
+from dpo_core.methods.diffusion_sft import DiffusionSftConfig
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
@@ -23,6 +24,7 @@ from dpo_core.objectives import get
 from dpo_core.rewards.ensemble import is_ensemble, parts
 from dpo_core.scoring.precision import Precision
 from expectations.config import GateConfig
+from tasks.recipe.diffusion import check_diffusion, refuse_diffusion
 from tasks.recipe.policies import (
     CLASSES,
     Policy,
@@ -57,6 +59,8 @@ class Recipe(Config):
     """From text to tokens."""
     sft: SftConfig = SftConfig()
     """Preparation of the reference by supervised fine-tuning."""
+    diffusion_sft: DiffusionSftConfig | None = Field(None, exclude_if=lambda settings: settings is None)
+    """Preparation of the reference of a diffusion model, in place of `sft`. Empty: the model itself."""
     pairs: PairSamplingConfig = PairSamplingConfig()
     """Sampling pairs; read only when the data has prompts but no pairs."""
     reward: RewardConfig = RewardConfig()
@@ -114,7 +118,7 @@ class Recipe(Config):
                 raise ValueError(
                     "reward.source is needed: the data has prompts only, and a known reward labels samples"
                 )
-            if self.sft.enabled and self.sft.reads_answers:
+            if self.fine_tunes and self.sft.reads_answers:
                 made = "made_demonstrations" if self.data.scenes is None else "made_scenes"
                 raise ValueError(
                     f"SFT has nothing to learn from: set sft.demonstrations (a file), sft.{made} "
@@ -158,6 +162,12 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check_images(self) -> "Recipe":
+        samplings = {"pairs": self.pairs.sampling, "evaluate": self.evaluate.sampling}
+        samplings["suites.settings"] = self.suites.settings.sampling
+        if self.diffusion:
+            check_diffusion(self, samplings)
+            return self
+        refuse_diffusion(self, samplings)
         if self.evaluate.sampling.guidance != 1:
             raise ValueError(
                 "evaluate.sampling.guidance would measure the KL of another distribution than the policy's. "
@@ -203,6 +213,16 @@ class Recipe(Config):
         precision: Precision = self.policies[self.candidate_name].settings.engine.precision
         return precision
 
+    @property
+    def diffusion(self) -> bool:
+        """True if the policies are diffusion models."""
+        return any(policy.entry.model == "denoiser" for policy in self.policies.values())
+
+    @property
+    def fine_tunes(self) -> bool:
+        """True if a language model is fine-tuned by `sft` to be the reference."""
+        return self.sft.enabled and not self.diffusion
+
     def learns_from_model(self, policy: PolicyFields) -> bool:
         """True if the policy learns from a reward model that is trained on the pairs."""
         return policy.entry.scored and (self.reward.source is None or policy.reward == "model")
@@ -224,7 +244,7 @@ class Recipe(Config):
         """
 
         def trimmed(part: Any) -> Any:
-            if not hasattr(part, "objective"):
+            if not hasattr(part, "objective") or self.diffusion:  # which has other defaults, not written out
                 return part
             own = get(part.objective).parameters
             changed = {name: value for name, value in part.parameters.items() if value != own[name].default}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from dpo_core.models.folder import is_denoiser
 from dpo_core.objectives import get
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
@@ -146,6 +147,8 @@ def objective_words(config: Any) -> str:
         terms = [f"{term.weight:g} × ({words})" for term, words in zip(config.terms, terms, strict=True)]
     weighting = getattr(config, "weighting", "none")
     extras = [] if weighting == "none" else [f"weighting {weighting}"]
+    if kappa := getattr(config, "kappa", None):
+        extras.append(f"kappa {kappa:g}")
     if sync := getattr(config, "reference_sync", None):
         extras.append(f"reference moved by {sync.mix:g} every {sync.every} steps")
     return "; ".join([" + ".join(terms), *extras])
@@ -158,6 +161,8 @@ def objective_name(config: Any) -> str:
 
 def vocabulary_size(model: Manifest) -> int | None:
     """Size of the model's vocabulary; None if its configuration has none."""
+    if is_denoiser(model.path):
+        return None
     facts: dict[str, Any] = json.loads((model.path / "config.json").read_text())
     size = facts.get("vocab_size") or facts.get("text_config", {}).get("vocab_size")
     return int(size) if size else None
@@ -179,6 +184,8 @@ def learned_from_reward(recipe: Recipe, data: RunData) -> list[str] | None:
 def _model(recipe: Recipe, base: Manifest) -> str:
     origin = facts_of(base, ImportFacts).started_from
     parts = [recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else "")]
+    if recipe.model.denoiser:
+        parts = ["a new diffusion model of solid scenes with random weights"]
     if origin is not None:
         parts = [origin.sentence]
     if recipe.model.scratch:
@@ -191,6 +198,8 @@ def _model(recipe: Recipe, base: Manifest) -> str:
 def _source(recipe: Recipe) -> str:
     if recipe.data.openings:
         return f"{recipe.data.openings:,} self-made review openings"
+    if recipe.data.solid_scenes:
+        return "the prompts of solid scenes"
     if recipe.data.scenes:
         return f"{recipe.data.scenes:,} self-made prompts of each category of the world of scenes"
     return ", ".join(_paths(recipe.data.model_dump(mode="json")))
@@ -217,7 +226,11 @@ def _count(rows: Manifest) -> int:
 
 
 def _reference(recipe: Recipe) -> str:
-    if not recipe.sft.enabled:
+    made = recipe.diffusion_sft
+    if made is not None:
+        images = made.captions or f"{made.made_scenes:,} self-made captioned images of solid scenes"
+        return f"the base model trained on {images}, learning rate {made.optim.learning_rate:g}"
+    if not recipe.fine_tunes:
         return "the base model"
     sft = recipe.sft
     shown = "the chosen answers"

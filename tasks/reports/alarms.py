@@ -94,7 +94,7 @@ def _drifts(report: RunReport, row: PolicyRow) -> list[Alarm]:
         if own is not None and base is not None and own < COLLAPSE_SHARE * base:
             message = f"{name}'s {measure} is {number(own)}, {REFERENCE}'s {number(base)}."
             raised.append(Alarm("Diversity collapse", message, row.name))
-    own, base = row.length.value, sft.length.value
+    own, base = (length.value if length else 0.0 for length in (row.length, sft.length))
     if own > LENGTH_DRIFT * base or own * LENGTH_DRIFT < base:
         message = f"{name} writes {number(own)} tokens on average, {REFERENCE} {number(base)}."
         raised.append(Alarm("Length drift", message, row.name))

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.methods.method import Panel
 from dpo_core.methods.registry import methods
+from dpo_core.models.folder import is_denoiser
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.format import number
 from expectations.report import Finding
@@ -358,6 +359,13 @@ def _registered(report: RunReport) -> list[Block]:
             "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), "
             "AutoTokenizer.from_pretrained(folder)",
         ]
+        if is_denoiser(folder):
+            lines = [
+                "from pathlib import Path",
+                "from dpo_core.models.denoiser import load_denoiser",
+                f'model = load_denoiser(Path("{folder}"))',
+                'pixels = model.sample(["a photo of a circle"], steps=20, guidance=2.0, seeds=[0])',
+            ]
         blocks.append(Code("Load the model", "\n".join(lines)))
     return blocks
 

@@ -85,7 +85,10 @@ def decide_promotion(
         alarms=alarms,
     )
     title = champion.title if champion else "the reference"
-    return decide(recipe.promotion, evidence, candidate=candidate, champion=title)
+    rules = recipe.promotion
+    if recipe.diffusion:  # no log-probs, no KL
+        rules = rules.model_copy(update={"max_kl": None})
+    return decide(rules, evidence, candidate=candidate, champion=title)
 
 
 def suite_row(result: SuiteResult) -> SuiteRow:

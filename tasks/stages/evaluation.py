@@ -15,6 +15,7 @@ from dpo_core.data.tokens.sequences import TokenSequence as Ids
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples
+from dpo_core.images.files import names_image
 from dpo_core.jobs.files import EvaluationJob
 from dpo_core.judging.judge import AnswerPairs, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
@@ -279,9 +280,14 @@ def with_data(samples: Sequence[Sample], prompts: Sequence[str], rows: pd.DataFr
         rows = rows[rows["label"]].rename(columns={"completion": "chosen"})
     chosen = rows.drop_duplicates("prompt").set_index("prompt")["chosen"] if "chosen" in rows else {}
     return [
-        sample.model_copy(update={"turns": turns_of(prompt), "chosen": readable(chosen.get(prompt, ""))})
+        sample.model_copy(update={"turns": turns_of(prompt), "chosen": _shown(chosen.get(prompt, ""))})
         for sample, prompt in zip(samples, prompts, strict=False)
     ]
+
+
+def _shown(answer: str) -> str:
+    """An answer of the data as text for people; the name of an image is none."""
+    return "" if names_image(answer) else readable(answer)
 
 
 def load_evaluation(manifest: Manifest) -> EvaluationDetails:

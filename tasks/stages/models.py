@@ -9,7 +9,7 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import ModelError
 from dpo_core.estimates import estimate
 from dpo_core.jobs.files import CHECK_VERSION, ImportJob, InferenceConfig, ReferenceJob
-from dpo_core.models.config import ModelConfig
+from dpo_core.models.config import NEW_DENOISER, ModelConfig
 from dpo_core.models.folder import code_digest
 from dpo_core.models.remote_code import trust
 from dpo_core.models.source import (
@@ -69,8 +69,9 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
         precision: of the training.
     """
     config, origin = _resolve(context, config)
-    source = locate(config)
-    check_source_context(source, max_length)
+    source = None if config.denoiser else locate(config)
+    if source is not None:
+        check_source_context(source, max_length)
 
     def compute(running: RunningStage) -> Output:
         out = running.empty_folder("out")
@@ -118,9 +119,11 @@ def _resolve(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin
     return folder, origin
 
 
-def _import_settings(config: ModelConfig, source: Path) -> dict[str, Any]:
+def _import_settings(config: ModelConfig, source: Path | None) -> dict[str, Any]:
     """Everything that decides the model: contents and digests as well as paths, so that a model or
-    template overwritten in place does not match the cache."""
+    template overwritten in place does not match the cache. `source` is None for a new diffusion model."""
+    if config.denoiser is not None or source is None:
+        return {**config.model_dump(mode="json", include={"denoiser"}), "definition": NEW_DENOISER}
     settings = {**config.model_dump(mode="json"), "source": _source_digest(source)}
     code = code_digest(source) if config.trust_remote_code else None
     if code is not None:

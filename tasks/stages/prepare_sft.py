@@ -49,7 +49,9 @@ SFT = Stage(
     TrainingFacts,
     _estimate,
     overhead=20.0,
-    settings=lambda run, label: ("sft", run.recipe.sft),
+    settings=lambda run, label: (
+        ("diffusion_sft", run.recipe.diffusion_sft) if run.recipe.diffusion else ("sft", run.recipe.sft)
+    ),
 )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dpo_core.errors import RecipeError
 from dpo_core.jobs.files import CompareTokensJob, write_job
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.remote_code import trusted_digests
 from dpo_core.system import digest_file
 from tasks.stages.base import Context
@@ -20,6 +21,11 @@ def require_same_tokens(context: Context, base: Path, other: Path, name: str, re
     Raises:
         RecipeError: its tokenizer, chat template or end-of-answer tokens differ.
     """
+    if is_denoiser(base) != is_denoiser(other):
+        kinds = "a language model" if is_denoiser(base) else "a diffusion model"
+        raise RecipeError(f"{name} is {kinds}, and the run's model is not", remedy)
+    if is_denoiser(base):
+        return  # images are compared, not tokens
     if _token_files(base) == _token_files(other):
         return
     with tempfile.TemporaryDirectory(dir=context.workspace, prefix=".compare-tokens-") as folder:

@@ -102,8 +102,8 @@ class Training:
 
     @property
     def needs_reference_model(self) -> bool:
-        """True if the reference is in memory during the training."""
-        return self.policy.entry.reference(self.policy.settings) == "live"
+        """True if the training reads the reference itself, and not its cached log-probs."""
+        return self.policy.entry.reference(self.policy.settings) in ("live", "errors")
 
     def inputs(self) -> dict[str, Manifest]:
         """The artifacts that the stage reads, by role."""

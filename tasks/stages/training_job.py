@@ -10,6 +10,7 @@ import pandas as pd
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.methods.job import Job
 from dpo_core.methods.method import Method
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.remote_code import trusted_digests
 from dpo_core.models.source import parameter_count, weights_digest
 from tasks.stages.base import Output, RunningStage
@@ -100,7 +101,7 @@ def train(running: RunningStage, setup: TrainingSetup, job: dict[str, Any], rows
     facts = TrainingFacts(
         steps=len(curve),
         tokens_trained=sum(row.get("num_tokens", 0.0) for row in curve),
-        weights_sha256=weights_digest(out) if (out / "config.json").exists() else None,
+        weights_sha256=weights_digest(out) if (out / "config.json").exists() or is_denoiser(out) else None,
         final={k: v for k, v in result["metrics"].items() if isinstance(v, float)},
         flops=result["flops"],
         peak_memory_bytes=result["peak_memory_bytes"],

@@ -20,7 +20,8 @@ from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.rows import Row, category_weight, read_records, sample_rows
-from dpo_core.images.codec import as_images
+from dpo_core.generation.images import sample_images
+from dpo_core.images.codec import Pixels, as_images, read_pixels
 from dpo_core.images.protocols import (
     GENEVAL_RESULTS,
     VQA_RESULTS,
@@ -32,6 +33,7 @@ from dpo_core.images.protocols import (
     write_geneval,
 )
 from dpo_core.images.records import read_record
+from dpo_core.models.folder import is_denoiser
 from dpo_core.models.image_codec import pixels_of
 from dpo_core.system import digest_json
 
@@ -77,14 +79,10 @@ def _write(
     write: Callable[[Path, list[list["Image"]]], None],
 ) -> None:
     """Sample the images of every prompt, and write them at once: a folder that is there is complete."""
-    made = subject.tokenise.images
-    if made is None:
-        raise RecipeError(f"{subject.name} does not make images", "Remove the suite, or name another model")
-    asked = [Prompt(prompt, False) for prompt in prompts for _ in range(config.samples)]
-    answers = subject.answers(asked, config.sampling, seed=config.seed)
+    pixels = _draw(subject, [prompt for prompt in prompts for _ in range(config.samples)], config)
 
     def store(_: int) -> None:
-        images = as_images(pixels_of(made, answers, subject.path))
+        images = as_images(pixels())
         part = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -92,6 +90,23 @@ def _write(
         part.rename(folder)
 
     subject.ranks.map("images", [0], store)
+
+
+def _draw(subject: "ModelUnderTest", prompts: Sequence[str], config: SuiteConfig) -> Callable[[], Pixels]:
+    """Draw an image of each prompt; returns a function that decodes them.
+
+    Raises:
+        RecipeError: the model makes no images.
+    """
+    if is_denoiser(subject.path):
+        drawn = subject.denoiser, prompts, config.sampling
+        files = sample_images(*drawn, seed=config.seed, ranks=subject.ranks)
+        return lambda: read_pixels(files)
+    made = subject.tokenise.images
+    if made is None:
+        raise RecipeError(f"{subject.name} does not make images", "Remove the suite, or name another model")
+    answers = subject.answers([Prompt(p, False) for p in prompts], config.sampling, seed=config.seed)
+    return lambda: pixels_of(made, answers, subject.path)
 
 
 def _exists(subject: "ModelUnderTest", path: Path) -> bool:

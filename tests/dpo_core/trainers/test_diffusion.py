@@ -197,7 +197,7 @@ def test_diffusion_kto_has_its_published_values():
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_cached_reference_and_any_split_give_the_same_step(objective, alone, pixels, tmp_path):
     cached, _ = job_trainer(tmp_path / "a", pixels, objective=objective)
-    live, _ = job_trainer(tmp_path / "b", pixels, objective=objective, reference="live")
+    live, _ = job_trainer(tmp_path / "b", pixels, objective=objective, reference_errors="live")
     with torch.no_grad():
         for trainer in (cached, live):
             for parameter in trainer.module.parameters():
