@@ -201,8 +201,10 @@ def _displaced(reference: str, rows: list[dict[str, float]]) -> str:
 
     Of a diffusion model, by the error on chosen images: it and that on rejected ones can rise together.
     """
-    errors = start_and_end(series(rows, "error/chosen")[1])
-    if errors and errors[1] > DISPLACED_ERROR:
+    if errors := start_and_end(series(rows, "error/chosen")[1]):
+        # What is logged as log-probs are errors at other noise levels in each step: no curve to compare.
+        if errors[1] <= DISPLACED_ERROR:
+            return ""
         return (
             f"the denoising error on chosen images ended at {number(errors[1])} times the reference's: "
             "preferred images became less likely."

@@ -130,9 +130,10 @@ def _frontier_section(report: RunReport) -> Section:
 def policy_table(evaluation: Evaluation, report: RunReport) -> Table:
     """One line per metric, one column per policy; optional metrics without values are left out."""
     lines = []
+    tokens = any(row.length is not None for row in evaluation.policies)  # else images, without log-probs
     for key, shown in PolicyRow.shown().items():
         values = [getattr(row, key) for row in evaluation.policies]
-        if shown.always or any(value is not None for value in values):
+        if (shown.always and tokens) or any(value is not None for value in values):
             counts = [getattr(value, "n", evaluation.n_prompts) for value in values]
             cells = [
                 cell(value, shown.kind, "" if n == evaluation.n_prompts else f"n = {n:,}")

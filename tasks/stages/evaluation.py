@@ -203,8 +203,13 @@ def read_samples(facts: dict[str, Any]) -> PolicySamples:
 
 
 def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int) -> list[WinRate]:
-    """Win rates by the reward: every policy against the reference, and against the champion if any."""
-    rates = []
+    """Win rates by the reward: every policy against the reference, and against the champion if any.
+
+    Images of a diffusion model have no lengths to control for; their win rates are in the table of policies.
+    """
+    rates: list[WinRate] = []
+    if not all(drawn.sequences for drawn in samples.values()):
+        return rates
     for name, rival in rivals(list(samples)):
         drawn, other = samples[name], samples[rival]
         index = drawn.prompt_index

@@ -51,6 +51,7 @@ def test_a_diffusion_model_is_made_aligned_measured_and_shown(tmp_path: Path) ->
     rows = {row["name"]: row for row in report["evaluation"]["policies"]}
     assert rows.keys() == {"SFT", *RECIPE["policies"]}
     assert all(row["kl"] is None and row["length"] is None for row in rows.values())
+    assert report["win_rates"] == [], "images have no lengths to control for"
     rules = {reason["rule"] for reason in report["decision"]["reasons"]}
     assert {"min_gain", "categories", "alarms"} <= rules
     assert "max_kl" not in rules

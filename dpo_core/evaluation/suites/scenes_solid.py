@@ -23,7 +23,9 @@ from dpo_core.models.folder import is_denoiser
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import ModelUnderTest
 
-GRADED = MeasureSpec(name="graded", label="fit of the objects, also of incorrect images")
+GRADED = MeasureSpec(
+    name="graded", label="fit of the objects, also of incorrect images", kind="mean", by_subset=False
+)
 
 
 def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:

@@ -18,7 +18,8 @@ def of_images(folder: Path, errors: list[float]) -> RunReport:
     rows = [row.model_copy(update=none) for row in evaluation.policies]
     about = make_policy("diffusion", "DPO")
     (folder / "model_index.json").write_text("{}")
-    curve = [{"step": float(i), "error/chosen": value, "loss": 0.7} for i, value in enumerate(errors)]
+    falling = [{"logps/chosen": -float(i), "rewards/chosen": -1.0 - i / 9, "loss": 0.7} for i in range(20)]
+    curve = [{"step": float(i), "error/chosen": error} | falling[i] for i, error in enumerate(errors)]
     return example(
         evaluation=evaluation.model_copy(update={"policies": rows, "vocabulary": None}),
         policies={"DPO": about},
@@ -32,7 +33,7 @@ def test_what_images_have_not_is_left_out(tmp_path: Path) -> None:
     report = of_images(tmp_path, [1.0] * 20)
     assert report.evaluation is not None
     labels = [line.label for line in policy_table(report.evaluation, report).lines]
-    assert labels == ["Reward", "Gain over SFT", "Win rate", "Preference accuracy"]
+    assert labels == ["Reward", "Gain over SFT", "Win rate"]
     names = {alarm.name for alarm in alarms(report)}
     assert not names & {"Length drift", "Diversity collapse", "Cut answers", "Noise", "KL run-away"}
     assert "Likelihood displacement" not in names
