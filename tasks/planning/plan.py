@@ -26,7 +26,7 @@ from tasks.stages.models import IMPORT
 from tasks.stages.planned_run import PlannedRun
 from tasks.stages.registry import label_of, stage_of
 
-_UNKNOWN = "of diffusion models no work is estimated: times are those of earlier runs, or of starting alone"
+_UNKNOWN = "the time that a diffusion model trains and draws (?) is not estimated, nor part of the total"
 
 
 class StagePlan(Config):
@@ -41,7 +41,7 @@ class StagePlan(Config):
     flops: float = 0.0
     """Floating-point operations."""
     seconds: float = 0.0
-    """Rough time; 0 if cached."""
+    """Rough time; 0 if cached, or if it is not estimated."""
     memory_bytes: int | None = None
     """Peak of each training process; None if the stage trains nothing."""
     memory_parts: dict[str, int] = Field(default_factory=dict)
@@ -175,6 +175,9 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
     processes = work.engine.processes if work.engine else work.processes
     if processes is None:
         processes = run.recipe.inference.processes if stage.job == "shared" else 1
+    seconds = 0.0
+    if work.note != _UNKNOWN:
+        seconds = speed.seconds(name, work.flops, work.precision, processes or 1)
     return StagePlan(
         name=name,
         state="runs",
@@ -184,7 +187,7 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
         job=job,
         tokens=round(work.tokens),
         flops=work.flops,
-        seconds=speed.seconds(name, work.flops, work.precision, processes or 1),
+        seconds=seconds,
         memory_bytes=sum(parts.values()) or None,
         memory_parts=parts,
         processes=processes,

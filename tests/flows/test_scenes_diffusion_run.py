@@ -46,7 +46,7 @@ def test_a_diffusion_model_is_made_aligned_measured_and_shown(tmp_path: Path) ->
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"workspace": str(tmp_path / "runs")}))
     bench = Bench(tmp_path)
     planned = bench.dpo("plan", str(bench.recipe))
-    assert "of diffusion models no work is estimated" in planned.stdout, planned.stderr
+    assert "draws (?) is not estimated" in planned.stdout, planned.stderr
     report = bench.run()
     rows = {row["name"]: row for row in report["evaluation"]["policies"]}
     assert rows.keys() == {"SFT", *RECIPE["policies"]}
