@@ -109,10 +109,10 @@ def test_a_name_written_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("policies", "words"),
     [
-        ({"A": {}}, "policy A names no method: set policies.A.method to one of dpo, grpo, kto"),
+        ({"A": {}}, "policy A names no method: set policies.A.method to one of diffusion, dpo, grpo, kto"),
         ({"A": None}, "policy A names no method"),
         ({"A": {"method": "ppp"}}, "there is no method 'ppp' (did you mean ppo?)"),
-        ({"A": {"method": "sft"}}, "method sft trains no policy; choose one of dpo"),
+        ({"A": {"method": "sft"}}, "method sft trains no policy; choose one of diffusion, dpo"),
         ({"A": [1]}, "policies.A: Input should be a valid dictionary"),
         ({}, "at least 1 item"),
         ([DPO], "policies: Input should be a valid dictionary"),
