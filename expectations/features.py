@@ -1,8 +1,7 @@
 """Computes one feature column per rule of the data gate; the suites are expectations on these columns.
 
 A row-level column is True if the row breaks its rule; the two token columns are floats (0, 1, NaN = not
-checked). Texts are processed in slices, so that memory stays near the size of the frame.
-"""
+checked). Texts are processed in slices: memory stays near the size of the frame."""
 
 import json
 import operator
@@ -321,8 +320,7 @@ def _of_pairs(t: _Texts, least: int) -> dict[str, _Array]:
     chosen, rejected = t.bare["chosen"], t.bare["rejected"]
     both = t.usable & t.full["chosen"] & t.full["rejected"]
     same = np.fromiter(map(operator.eq, chosen, rejected), bool, len(both))
-    # The length of an image's name says nothing.
-    named = np.fromiter(map(names_image, chosen), bool, len(both))
+    texts = both & ~np.fromiter(map(names_image, chosen), bool, len(both))  # names of images have no length
     lengths = [np.fromiter(map(len, t.texts[c]), np.float64, len(both)) for c in ("chosen", "rejected")]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(lengths[0]) - np.log(lengths[1])
@@ -331,8 +329,8 @@ def _of_pairs(t: _Texts, least: int) -> dict[str, _Array]:
         "empty_rejected": t.usable & ~t.full["rejected"],
         "identical": both & same,
         "prompt_repeated": both & t.repeats(zip(chosen, rejected, strict=True), least),
-        "length_skew": np.where(both & ~named, (np.sign(ratio) + 1) / 2, np.nan),
-        "length_ratio": np.where(both & ~named, ratio, np.nan),
+        "length_skew": np.where(texts, (np.sign(ratio) + 1) / 2, np.nan),
+        "length_ratio": np.where(texts, ratio, np.nan),
         "_chosen": _hash(chosen),
         "_rejected": _hash(rejected),
     }
