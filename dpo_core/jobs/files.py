@@ -105,7 +105,7 @@ class PairSamplingJob(ModelJob):
 
 
 class SceneCaptionsJob(ModelJob):
-    """Make captioned images of solid scenes and a new diffusion model."""
+    """Make captioned images of solid scenes."""
 
     one_rank = True
     kind: Literal["scene-captions"] = "scene-captions"
@@ -115,30 +115,6 @@ class SceneCaptionsJob(ModelJob):
     """Images."""
     wrong: float = Field(0.25, ge=0, le=1)
     """Share of images that show what another caption says."""
-    channels: tuple[int, ...] | None = (32, 64)
-    """Channels of the levels of the UNet, multiples of 8. Empty: no model."""
-    seed: int = 0
-
-
-class SceneImagesJob(ModelJob):
-    """Sample images of solid scenes with a diffusion model and judge them."""
-
-    one_rank = True
-    kind: Literal["scene-images"] = "scene-images"
-    model: str
-    """Folder of a diffusion model."""
-    out: str
-    """Folder to write."""
-    held_out: bool = False
-    """Prompts to measure on, and not those to make pairs of."""
-    limit: int | None = Field(None, ge=1)
-    """The first prompts only; empty: all."""
-    samples: int = Field(4, ge=1)
-    """Images of each prompt."""
-    steps: int = Field(20, ge=1)
-    """Denoising steps of an image."""
-    guidance: float = Field(2.0, ge=0)
-    """Scale of classifier-free guidance; 1 is the conditional model."""
     seed: int = 0
 
 

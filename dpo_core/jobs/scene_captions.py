@@ -1,4 +1,4 @@
-"""Job that makes captioned images of solid scenes, and a diffusion model with random weights to train."""
+"""Job that makes captioned images of solid scenes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,13 @@ import pandas as pd
 from dpo_core.images.codec import as_png
 from dpo_core.images.solid import captioned
 from dpo_core.jobs.files import SceneCaptionsJob
-from dpo_core.models.scene_denoiser import make_scene_denoiser
 from dpo_core.ranks import JobRanks
 
 FILE = SceneCaptionsJob
 
 
 def run(job: SceneCaptionsJob, ranks: JobRanks) -> dict[str, Any]:
-    """Write `captions.parquet` and, if it is asked for, the folder `model`."""
+    """Write `captions.parquet`."""
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -25,6 +24,4 @@ def run(job: SceneCaptionsJob, ranks: JobRanks) -> dict[str, Any]:
     partial = out / "captions.part"
     pd.DataFrame(rows).to_parquet(partial, index=False)
     partial.rename(out / "captions.parquet")
-    if job.channels is not None:
-        make_scene_denoiser(out / "model", job.channels, job.seed)
     return {"images": len(rows)}

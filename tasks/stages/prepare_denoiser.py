@@ -38,7 +38,7 @@ def _make_captions(running: RunningStage, config: DiffusionSftConfig, seed: int)
     if not (folder / "captions.parquet").is_file():
         fields = common_fields(running) | {"work": str(folder), "out": str(folder)}
         count = config.made_scenes or 0
-        job = SceneCaptionsJob(**fields, count=count, wrong=config.wrong, channels=None, seed=seed)
+        job = SceneCaptionsJob(**fields, count=count, wrong=config.wrong, seed=seed)
         run_model_job(running, job, unit="images")
     return folder / "captions.parquet"
 

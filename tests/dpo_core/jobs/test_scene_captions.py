@@ -1,4 +1,4 @@
-"""The world of solid scenes: its captions and graded score, and a whole chain of jobs on a tiny model."""
+"""The world of solid scenes: its captions and graded score, and a training from nothing."""
 
 import json
 import random
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -15,10 +14,10 @@ from dpo_core.images.prompts import scene
 from dpo_core.images.records import Thing, requirements
 from dpo_core.images.scenes import detect, draw
 from dpo_core.images.solid import SOLID_TAGS, captioned, graded, prompts
-from dpo_core.jobs.scene_images import judged, pairs_of
 from dpo_core.methods.diffusion_sft import DiffusionSftConfig
 from dpo_core.methods.job import Job
 from dpo_core.models.denoiser import load_denoiser
+from dpo_core.models.scene_denoiser import make_scene_denoiser
 from dpo_core.trainers.diffusion_sft import build
 from dpo_core.training.distributed import start_distributed
 from tests.support.runs.training_jobs import curve
@@ -55,11 +54,6 @@ def test_the_graded_score_falls_with_noise_where_the_detector_sees_nothing_any_m
     scores = graded([record] * 3, images)
     assert scores[0] == pytest.approx(1, abs=1e-3)
     assert scores[0] > scores[1] > scores[2]
-    rows = judged([record] * 3, images)
-    assert rows["correct"].tolist() == [1.0, 0.0, 0.0]
-    (pair,) = pairs_of(rows, 0)
-    assert (pair["chosen"], pair["rejected"]) == (rows["image"][0], rows["image"][2])
-    assert pairs_of(rows.iloc[[0, 0]], 0) == []
 
 
 def run_job(folder: Path, **fields: Any) -> dict[str, Any]:
@@ -85,10 +79,10 @@ def sft(folder: Path, made: Path) -> tuple[Any, Any]:
     return build(Job.model_validate(job), DiffusionSftConfig.model_validate(settings))
 
 
-def test_from_captions_to_pairs(alone, tmp_path):
-    """Captions, training from nothing with a stop and a resume, the averaged weights, images and pairs."""
+def test_training_from_nothing_resumes_exactly_and_writes_the_averages(alone, tmp_path):
     made = tmp_path / "made"
-    assert run_job(made, kind="scene-captions", count=32, channels=[8])["images"] == 32
+    assert run_job(made, kind="scene-captions", count=32)["images"] == 32
+    make_scene_denoiser(made / "model", (8,), seed=0)
     start_distributed(DiffusionSftConfig(engine=ENGINE).engine)
     straight, _ = sft(tmp_path / "straight", made)
     straight.train()
@@ -111,14 +105,3 @@ def test_from_captions_to_pairs(alone, tmp_path):
     for part in ("network", "text_encoder"):
         for name, value in getattr(written, part).named_parameters():
             torch.testing.assert_close(value.detach(), resumed.average[f"{part}.{name}"])
-
-    sampled = {"kind": "scene-images", "model": str(tmp_path / "parts" / "out"), "steps": 2, "limit": 2}
-    result = run_job(tmp_path / "images", samples=3, **sampled)
-    assert (result["images"], result["prompts"], result["pairs"]) == (6, 2, 2)
-    frame = pd.read_parquet(tmp_path / "images" / "pairs.parquet")
-    assert set(frame.columns) == {"id", "prompt", "chosen", "rejected"}
-    held_out = run_job(tmp_path / "held-out", samples=2, held_out=True, **sampled)
-    assert held_out["pairs"] == 0
-    assert not (tmp_path / "held-out" / "pairs.parquet").exists()
-    images = [pd.read_parquet(tmp_path / name / "images.parquet") for name in ("images", "held-out")]
-    assert not set(images[0]["prompt"]) & set(images[1]["prompt"])
