@@ -19,9 +19,6 @@ from expectations.report import Finding
 from tasks.recipe.policies import REFERENCE
 from tasks.store.facts import Origin
 
-_IMPORT = "import-model"
-"""The stage that made the reference of a run without fine-tuning."""
-
 
 class RunInfo(Config):
     """The run's name, times, command and environment."""
@@ -264,6 +261,8 @@ class RunReport(Config):
     """The trained policies by name, in the recipe's order."""
     reference_stage: str = ""
     """The row of the stage table that made the reference."""
+    fine_tuned: bool = True
+    """Whether the run fine-tuned its reference, or took the base model."""
     recipe_text: str = ""
     """The resolved recipe."""
     decision: Decision | None = None
@@ -283,7 +282,7 @@ class RunReport(Config):
 
     def label(self, policy: str) -> str:
         """The displayed name: DPO, DPO (simpo), or SFT (base model) where nothing was fine-tuned."""
-        if policy == REFERENCE and self.reference_stage == _IMPORT:
+        if policy == REFERENCE and not self.fine_tuned:
             return f"{REFERENCE} (base model)"
         about = self.policies.get(policy)
         if about is None or not about.objective or about.objective in policy.lower():

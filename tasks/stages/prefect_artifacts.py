@@ -10,12 +10,13 @@ from typing import TypeVar
 import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.context import SettingsContext, get_settings_context
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, Settings
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, Settings
 
 log = logging.getLogger("dpo")
 T = TypeVar("T")
 
 _PAUSE = 30.0  # seconds without calls after the server did not answer
+_PATIENCE = 10.0  # seconds for an answer, in place of Prefect's minute: a stage would wait through it
 
 
 def artifact_key(name: str) -> str:
@@ -44,7 +45,7 @@ class PrefectArtifacts:
         if time.monotonic() < self._paused_until:
             return None
         try:
-            with self._without_retries():
+            with self._impatient():
                 return call()
         except (httpx.HTTPError, RuntimeError) as error:
             # The client raises a RuntimeError if it finds no server.
@@ -57,9 +58,11 @@ class PrefectArtifacts:
             )
             return None
 
-    def _without_retries(self) -> SettingsContext:
-        """The current settings without retries, made once: making them takes Prefect a tenth of a second."""
+    def _impatient(self) -> SettingsContext:
+        """The current settings, but impatient; made once: making them takes Prefect a tenth of a second."""
         current = get_settings_context()
         if self._settings is None:
-            self._settings = current.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
+            self._settings = current.settings.copy_with_update(
+                {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _PATIENCE}
+            )
         return SettingsContext(profile=current.profile, settings=self._settings)

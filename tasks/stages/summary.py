@@ -108,6 +108,7 @@ def summarise(
         candidate=recipe.candidate_name,
         policies=policies,
         reference_stage=SFT.name if SFT.name in manifests else IMPORT.name,
+        fine_tuned=SFT.name in manifests,
         recipe_text=recipe_path(context.workspace, context.run_id).read_text(),
         win_rates=assessment.win_rates,
         suites=assessment.suites,

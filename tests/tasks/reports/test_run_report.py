@@ -368,6 +368,6 @@ def test_the_page_and_markdown_say_what_the_reward_model_was_for() -> None:
 
 def test_a_reference_that_was_not_fine_tuned_is_called_the_base_model() -> None:
     report = example(steps=20)
-    imported = report.model_copy(update={"reference_stage": "import-model"})
+    imported = report.model_copy(update={"fine_tuned": False})
     assert "over SFT " in " ".join(verdict(report).reasons)
     assert "over SFT (base model) " in " ".join(verdict(imported).reasons)
