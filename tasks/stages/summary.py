@@ -80,7 +80,6 @@ def summarise(
     """Write the run page and its Markdown, register the candidate, and return the report.
 
     Args:
-        trained: the trained policies.
         champion: the registered model that the candidate is compared with.
     """
     tracker = context.tracker
