@@ -37,15 +37,13 @@ def variances(by_reward: list[Scores]) -> dict[str, Estimate]:
     """
     columns = {name: [scores[name] for scores in by_reward] for name in by_reward[0] if name != "SFT"}
     found = {
-        name: bootstrap_statistic(variance, arrays, interval="basic", n_resamples=4000)
-        for name, arrays in columns.items()
+        name: bootstrap_statistic(variance, arrays, interval="basic") for name, arrays in columns.items()
     }
     count = len(by_reward)
     found["DPO - GRPO"] = bootstrap_statistic(
         lambda *arrays: variance(*arrays[:count]) - variance(*arrays[count:]),
         columns["DPO"] + columns["GRPO"],
         interval="basic",
-        n_resamples=4000,
     )
     return {name: estimate for name, estimate in found.items() if estimate}
 

@@ -67,6 +67,7 @@ def results(reported: dict[str, Any]) -> list[dict[str, Any]]:
     return [one.model_dump(mode="json", exclude={"seconds"}) for one in listed]
 
 
+@pytest.mark.slow  # two ranks of suites, and a killed evaluation, are also below and in test_evaluate
 def test_two_ranks_and_a_killed_job_have_the_results_of_one(
     folder: Path, shared: Path, tmp_path: Path
 ) -> None:

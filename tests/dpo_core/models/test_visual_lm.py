@@ -339,6 +339,7 @@ def test_the_gate_writes_named_images_in_the_models_codes(
     assert (len(pairs), dropped) == (2, {})
 
 
+@pytest.mark.slow  # a process of its own that imports everything
 def test_a_text_run_loads_nothing_of_images() -> None:
     code = (
         "import sys, dpo_core.jobs.train, dpo_core.jobs.evaluate, dpo_core.jobs.sample_pairs\n"
