@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import pandas as pd
-
 from dpo_core.data.config import DataConfig, SourceConfig
 from dpo_core.data.demo.reviews import review_openings
 from dpo_core.data.layouts.fields import PromptFields
@@ -24,11 +22,9 @@ def load(config: DataConfig) -> Loaded:
     if config.mixture is not None:
         return subsample(load_mixture(config), config.limit, config.seed)
     if config.scenes is not None:
-        frame = _prompts_of(own_records(config))
-        return Loaded(frame, "prompts", "prompts", "self-made prompts of scenes", {"rows_read": len(frame)})
+        return _prompts_of(own_records(config), "self-made prompts of scenes")
     if config.solid_scenes:
-        frame = _prompts_of(prompts(held_out=False))
-        return Loaded(frame, "prompts", "prompts", "prompts of solid scenes", {"rows_read": len(frame)})
+        return _prompts_of(prompts(held_out=False), "prompts of solid scenes")
     if config.path is None:
         texts = review_openings(config.openings or 0, config.seed)
         frame = to_frame([PromptFields(text, False) for text in texts], "prompts")
@@ -37,9 +33,9 @@ def load(config: DataConfig) -> Loaded:
     return subsample(load_source(source, config), config.limit, config.seed)
 
 
-def _prompts_of(asked: Sequence[Record]) -> pd.DataFrame:
+def _prompts_of(asked: Sequence[Record], remark: str) -> Loaded:
     fields = [PromptFields(record.prompt, False, metadata=record.to_json()) for record in asked]
-    return to_frame(fields, "prompts")
+    return Loaded(to_frame(fields, "prompts"), "prompts", "prompts", remark, {"rows_read": len(fields)})
 
 
 def own_records(config: DataConfig) -> list[Record]:
@@ -59,8 +55,8 @@ def load_eval(config: DataConfig) -> Loaded | None:
     scenes; None without either."""
     if config.solid_scenes:
         # Mixed, so that the first ones, which a run shows, are of every category.
-        frame = _prompts_of(sorted(prompts(held_out=True), key=lambda record: digest_text(record.prompt)))
-        return Loaded(frame, "prompts", "prompts", "prompts of solid scenes", {"rows_read": len(frame)})
+        mixed = sorted(prompts(held_out=True), key=lambda record: digest_text(record.prompt))
+        return _prompts_of(mixed, "prompts of solid scenes")
     if config.eval_path is None:
         return None
     source = SourceConfig(

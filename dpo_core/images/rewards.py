@@ -50,11 +50,11 @@ def _pixels(completions: Sequence[Any]) -> Pixels:
 
 def rewards_of(kind: Kind, records: Sequence[Record], images_N: Pixels) -> list[float]:
     """The reward of each image."""
-    found = detect(images_N)
+    seen: Kind = "binary" if kind == "graded" else kind
+    rewards = [reward(seen, record, things) for record, things in zip(records, detect(images_N), strict=True)]
     if kind != "graded":
-        return [reward(kind, record, things) for record, things in zip(records, found, strict=True)]
-    right = [reward("binary", record, things) for record, things in zip(records, found, strict=True)]
-    return [(hit + fit) / 2 for hit, fit in zip(right, graded(records, images_N), strict=True)]
+        return rewards
+    return [(hit + fit) / 2 for hit, fit in zip(rewards, graded(records, images_N), strict=True)]
 
 
 def reward(kind: Kind, record: Record, things: Sequence[Thing]) -> float:

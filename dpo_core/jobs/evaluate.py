@@ -28,7 +28,7 @@ from dpo_core.evaluation.policies import (
 )
 from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.generation.images import sample_images
-from dpo_core.images.codec import as_png, read_pixels
+from dpo_core.images.codec import Pixels, as_png, read_pixels
 from dpo_core.jobs.files import EvaluationJob
 from dpo_core.jobs.start import device
 from dpo_core.models.denoiser import load_denoiser
@@ -95,13 +95,17 @@ def _of_denoisers(job: EvaluationJob, ranks: Ranks) -> dict[str, Any]:
     images = []
     for place in range(min(config.shown, len(texts))):
         own = [i for i, at in enumerate(index) if at == place]
-        images.append({name: [_for_page(listed[i]) for i in own] for name, listed in files.items()})
+        images.append(
+            {
+                name: list(map(_for_page, read_pixels([listed[i] for i in own])))
+                for name, listed in files.items()
+            }
+        )
     return {"prompts": texts, "held_out_pairs": 0, "policies": policies, "flops": 0.0, "images": images}
 
 
-def _for_page(file: bytes) -> str:
-    """A PNG file in base64, drawn larger if it is small."""
-    (pixels,) = read_pixels([file])
+def _for_page(pixels: Pixels) -> str:
+    """A PNG file of an image (height, width, 3) in base64, drawn larger if it is small."""
     return base64.b64encode(as_png(pixels, max(1, _SIDE // len(pixels)))).decode()
 
 
@@ -230,8 +234,7 @@ class _Evaluation:
             for name, drawn in self.samples.items():
                 texts = [t for t, at in zip(drawn.texts, drawn.prompt_index, strict=True) if at == index]
                 pixels_N = pixels_of(images, texts, self.tokenise.tokenizer.name_or_path)
-                files = [as_png(pixels, max(1, _SIDE // len(pixels))) for pixels in pixels_N]
-                by_policy[name] = [base64.b64encode(file).decode() for file in files]
+                by_policy[name] = list(map(_for_page, pixels_N))
             shown.append(by_policy)
         return shown
 
