@@ -1,5 +1,6 @@
 """Estimates the training of each method: tokens, operations and the fullest micro-batch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,30 @@ def estimate_training(method: str, settings: Any, inputs: Inputs) -> EstimatedWo
     return ESTIMATES[method](settings, inputs)
 
 
-def _diffusion(config: DiffusionConfig | DiffusionSftConfig, inputs: Inputs) -> EstimatedWork:
-    return EstimatedWork(
-        precision=config.engine.precision,
-        engine=config.engine,
-        note="the operations of an image are counted when the network is there",
-    )
+def _diffusion(config: DiffusionConfig, inputs: Inputs) -> EstimatedWork:
+    """With the reference's errors of every draw, or its forward pass in each step; and that of z_0."""
+    pairs = inputs.examples("pairs", config.limit)
+    count = pairs.count if config.on_pairs else 2 * pairs.count
+    sides = 2 if config.on_pairs else 1
+    trained = config.steps(count) * min(config.batch_size, count) * sides
+    live = config.reference_errors == "live"
+    passes = 3 + live + (not config.on_pairs) + config.engine.gradient_checkpointing
+    draws = min(config.draws, math.ceil(trained / max(1, count * sides)))
+    once = 0 if live else count * sides * draws
+    return _of_images(config, (trained * passes + once) * inputs.image_flops, pairs.note)
+
+
+def _diffusion_sft(config: DiffusionSftConfig, inputs: Inputs) -> EstimatedWork:
+    """Without the text encoder, which is small."""
+    count = inputs.examples("demonstrations").count
+    trained = config.steps(count) * min(config.batch_size, count)
+    passes = 3 + config.engine.gradient_checkpointing
+    return _of_images(config, trained * passes * inputs.image_flops, "")
+
+
+def _of_images(config: DiffusionConfig | DiffusionSftConfig, flops: float, note: str) -> EstimatedWork:
+    engine = config.engine
+    return EstimatedWork(flops=flops, precision=engine.precision, engine=engine, note=note)
 
 
 def _dpo(config: DpoConfig, inputs: Inputs) -> EstimatedWork:
@@ -67,7 +86,7 @@ def _sft(config: SftConfig, inputs: Inputs) -> EstimatedWork:
 
 ESTIMATES: dict[str, Callable[[Any, Inputs], EstimatedWork]] = {
     "diffusion": _diffusion,
-    "diffusion_sft": _diffusion,
+    "diffusion_sft": _diffusion_sft,
     "dpo": _dpo,
     "grpo": rounds,
     "kto": _kto,

@@ -67,6 +67,8 @@ class Inputs:
     new_tokens: int
     """Maximum tokens of a sample."""
     learned_reward: bool
+    image_flops: float = 0.0
+    """Operations of a forward pass of a diffusion model on one image."""
 
 
 def read(shape: cost.Shape, examples: Examples) -> tuple[float, float]:

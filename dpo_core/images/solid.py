@@ -1,18 +1,19 @@
 """The part of the world of scenes that a small diffusion model learns in minutes, and its graded score.
 
-Objects of four shapes and four colours, all solid, one or two in an image; prompts of GenEval's tags without
-counts and places.
+Objects of four shapes and four colours, all solid, one or two in an image, each in a quarter of its own;
+prompts of GenEval's tags without counts and places.
 """
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from dpo_core.images.prompts import TAGS, Content, records, scene
+from dpo_core.images.prompts import TAGS, Content, records
 from dpo_core.images.records import Record, Thing
-from dpo_core.images.scenes import Pixels, best_fits, draw, kinds
+from dpo_core.images.scenes import SIDE, Pixels, best_fits, box_at, draw, kinds
 from dpo_core.system import digest_text
 
 CONTENT = Content(
@@ -22,7 +23,10 @@ CONTENT = Content(
 )
 PROMPT_FILE = Path(__file__).parent / "solid_prompts.jsonl"
 """The held-out prompts, which the suite `scenes_solid` asks for, in the form of GenEval's metadata."""
+_QUARTERS = tuple(product((0, SIDE // 2), repeat=2))
 SOLID_TAGS = ("single_object", "two_object", "colors", "color_attr")
+_CAPTIONED = (*SOLID_TAGS, "color_attr", "color_attr")
+"""Which object has which colour is learned last, so captions of it come three times as often."""
 
 
 def words() -> list[str]:
@@ -34,10 +38,19 @@ def captioned(count: int, seed: int, wrong: float) -> Iterator[tuple[str, Pixels
     """Captions with images, of which the share `wrong` shows what another caption of the tag says."""
     rng = random.Random(f"{seed} solid scenes")
     for _ in range(count):
-        make = TAGS["gen"][rng.choice(SOLID_TAGS)]
+        make = TAGS["gen"][rng.choice(_CAPTIONED)]
         record = make(rng, CONTENT)
         shown = make(rng, CONTENT) if rng.random() < wrong else record
-        yield record.prompt, draw(_solid(scene(shown, rng), rng))
+        yield record.prompt, draw(solid_scene(shown, rng))
+
+
+def solid_scene(record: Record, rng: random.Random) -> list[Thing]:
+    """Solid objects that fulfil a record; what it leaves open is random."""
+    places = rng.sample(_QUARTERS, len(record.include))
+    return [
+        Thing(w.name, w.color or rng.choice(CONTENT.colors), "solid", box_at(*place))
+        for w, place in zip(record.include, places, strict=True)
+    ]
 
 
 def prompts(held_out: bool) -> list[Record]:
@@ -69,11 +82,3 @@ def graded(asked: Sequence[Record], images_N: Pixels) -> list[float]:
         ]
         found.append(float(np.mean(wanted)))
     return found
-
-
-def _solid(things: Sequence[Thing], rng: random.Random) -> list[Thing]:
-    """The objects in solid colours of this part of the world."""
-    return [
-        Thing(t.name, t.color if t.color in CONTENT.colors else rng.choice(CONTENT.colors), "solid", t.box)
-        for t in things
-    ]

@@ -42,7 +42,7 @@ def run(job: ImportJob, ranks: JobRanks) -> dict[str, Any]:
 def _import_denoiser(config: ModelConfig, out: Path) -> bool:
     """Write the folder of a diffusion model, and load it to check it; False for a language model."""
     if config.denoiser is not None:
-        make_scene_denoiser(out, config.denoiser.channels, config.denoiser.seed)
+        make_scene_denoiser(out, config.denoiser)
     elif (source := locate(config)).is_dir() and is_denoiser(source):
         left_out = shutil.ignore_patterns(*PICKLED, ".*", "metrics.jsonl")
         shutil.copytree(source, out, ignore=left_out, dirs_exist_ok=True)

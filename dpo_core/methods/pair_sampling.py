@@ -31,6 +31,14 @@ class PairSamplingConfig(Config):
             raise ValueError("pairs_per_prompt has no effect with pairing: all. Set pairing to extremes")
         return self
 
+    @property
+    def most_pairs(self) -> int:
+        """The largest number of pairs of a prompt."""
+        samples = self.samples_per_prompt
+        if self.pairing == "all":
+            return samples * (samples - 1) // 2
+        return min(self.pairs_per_prompt, samples // 2)
+
 
 @dataclass(frozen=True)
 class ScoredSample:

@@ -39,17 +39,27 @@ class ScratchConfig(Config):
         return self.intermediate_size or -(-4 * self.hidden_size // 64) * 64
 
 
-NEW_DENOISER = 1
+NEW_DENOISER = 2
 """Raised when a new diffusion model of the same settings gets other weights: it is then made again."""
 
 
 class DenoiserConfig(Config):
     """A new small diffusion model of solid scenes, with random weights."""
 
-    channels: tuple[int, ...] = Field((32, 64), min_length=1)
-    """Channels of the levels of the UNet, multiples of 8; each level halves the side."""
+    layers: int = Field(4, ge=1)
+    """Layers of the transformer."""
+    width: int = Field(128, ge=8)
+    """Width of its layers; a multiple of `heads`."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
     seed: int = Field(0, ge=0)
     """Seed of the weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "DenoiserConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
 
 
 class ModelConfig(Config):

@@ -32,7 +32,7 @@ from dpo_core.models.transformers_lock import quiet_transformers
 INDEX = DIFFUSION_INDEX
 _FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "use_additional_conditions")
 _NETWORKS = ("unet", "transformer")
-_REMEDY = "Use a folder of diffusers with one text encoder, such as one of Stable Diffusion 1.5 or PixArt"
+REMEDY = "Use a folder of diffusers with one text encoder, such as one of Stable Diffusion 1.5 or PixArt"
 
 Pixels = NDArray[np.uint8]
 
@@ -181,11 +181,9 @@ def load_denoiser(folder: Path) -> Denoiser:
             error
         )
     parts = _parts(folder)
-    part = next((name for name in _NETWORKS if name in parts), None)
-    if part is None or not {"scheduler", "tokenizer", "text_encoder"} <= parts.keys():
-        raise ModelError(f"{folder} has no network, scheduler, tokenizer or text encoder", _REMEDY)
+    part, _ = network_of(folder)
     if "text_encoder_2" in parts:
-        raise ModelError(f"{folder} has more than one text encoder", _REMEDY)
+        raise ModelError(f"{folder} has more than one text encoder", REMEDY)
     try:
         with quiet_transformers():
             import transformers  # noqa: PLC0415 - see transformers_lock
@@ -196,7 +194,7 @@ def load_denoiser(folder: Path) -> Denoiser:
                 if name in (part, "scheduler", "tokenizer", "text_encoder", "vae")
             }
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"the model in {folder} cannot be loaded: {first_line(error)}", _REMEDY) from error
+        raise ModelError(f"the model in {folder} cannot be loaded: {first_line(error)}", REMEDY) from error
     network = loaded[part]
     _check_inputs(network, folder)
     for name in (part, "text_encoder", "vae"):
@@ -212,6 +210,19 @@ def load_denoiser(folder: Path) -> Denoiser:
         loaded["text_encoder"],
         loaded.get("vae"),
     )
+
+
+def network_of(folder: Path) -> tuple[str, str]:
+    """The subfolder of the network, and its class in diffusers.
+
+    Raises:
+        ModelError: the folder lacks a part that every model has.
+    """
+    parts = _parts(folder)
+    part = next((name for name in _NETWORKS if name in parts), None)
+    if part is None or not {"scheduler", "tokenizer", "text_encoder"} <= parts.keys():
+        raise ModelError(f"{folder} has no network, scheduler, tokenizer or text encoder", REMEDY)
+    return part, parts[part][1]
 
 
 def predict(network: nn.Module, noised: Tensor, t_B: Tensor, text: Tensor) -> Tensor:
@@ -263,7 +274,7 @@ def _parts(folder: Path) -> dict[str, tuple[str, str]]:
         named = {k: tuple(v) for k, v in index.items() if not k.startswith("_") and isinstance(v, list)}
         return {k: (str(v[0]), str(v[1])) for k, v in named.items() if v[0] in ("diffusers", "transformers")}
     except (OSError, ValueError, AttributeError, IndexError) as error:
-        raise ModelError(f"{folder / INDEX} cannot be read ({first_line(error)})", _REMEDY) from error
+        raise ModelError(f"{folder / INDEX} cannot be read ({first_line(error)})", REMEDY) from error
 
 
 def _load(library: Any, kind: str, folder: Path) -> Any:
@@ -296,7 +307,7 @@ def _check_inputs(network: Any, folder: Path) -> None:
     known = {"encoder_hidden_states", "timestep"} <= names.keys() and "pooled_projections" not in names
     if other or not known:
         what = f"reads {other[0]}" if other else "reads other inputs"
-        raise ModelError(f"{type(network).__name__} of {folder} {what}", _REMEDY)
+        raise ModelError(f"{type(network).__name__} of {folder} {what}", REMEDY)
 
 
 def _takes(network: nn.Module, name: str) -> bool:

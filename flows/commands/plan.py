@@ -69,7 +69,7 @@ def show(plan: Plan) -> None:
         state = f"runs: {_why(row, plan.changes)}" if row.why else row.state
         memory = amount(row.memory_bytes or 0, "B", 1024)
         ranks = f"{row.processes} x " if memory and (row.processes or 1) > 1 else ""
-        took = (f"~{duration(row.seconds)}" if row.seconds else "?") if row.state == "runs" else ""
+        took = f"~{duration(row.seconds)}" if row.state == "runs" else ""
         cells = amount(row.tokens, ""), amount(row.flops, "FLOP"), ranks + memory, took
         table.add_row(Text(row.name), state, *cells, style="dim" if row.state == "cached" else "")
     table.add_section()

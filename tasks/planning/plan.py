@@ -26,8 +26,6 @@ from tasks.stages.models import IMPORT
 from tasks.stages.planned_run import PlannedRun
 from tasks.stages.registry import label_of, stage_of
 
-_UNKNOWN = "the time that a diffusion model trains and draws (?) is not estimated, nor part of the total"
-
 
 class StagePlan(Config):
     """One stage of a planned run."""
@@ -41,7 +39,7 @@ class StagePlan(Config):
     flops: float = 0.0
     """Floating-point operations."""
     seconds: float = 0.0
-    """Rough time; 0 if cached, or if it is not estimated."""
+    """Rough time; 0 if cached."""
     memory_bytes: int | None = None
     """Peak of each training process; None if the stage trains nothing."""
     memory_parts: dict[str, int] = Field(default_factory=dict)
@@ -166,18 +164,11 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
     job = "training" if trains else stage.job
     if result.cached:
         return StagePlan(name=name, state="cached", trains=trains, job=job)
-    work = EstimatedWork()
-    if stage.estimate and run.recipe.diffusion:
-        work = EstimatedWork(note=_UNKNOWN)
-    elif stage.estimate:
-        work = stage.estimate(run, label_of(name))
+    work = stage.estimate(run, label_of(name)) if stage.estimate else EstimatedWork()
     parts = _memory(work, run, speed)
     processes = work.engine.processes if work.engine else work.processes
     if processes is None:
         processes = run.recipe.inference.processes if stage.job == "shared" else 1
-    seconds = 0.0
-    if work.note != _UNKNOWN:
-        seconds = speed.seconds(name, work.flops, work.precision, processes or 1)
     return StagePlan(
         name=name,
         state="runs",
@@ -187,7 +178,7 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
         job=job,
         tokens=round(work.tokens),
         flops=work.flops,
-        seconds=seconds,
+        seconds=speed.seconds(name, work.flops, work.precision, processes or 1),
         memory_bytes=sum(parts.values()) or None,
         memory_parts=parts,
         processes=processes,

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.model_check import check_named
-from dpo_core.models.config import ModelConfig
+from dpo_core.models.config import DenoiserConfig, ModelConfig
+from dpo_core.models.denoiser_flops import image_flops
 from dpo_core.models.load import load_tokenizer, read_config
 from dpo_core.models.source import locate
 from tasks.promotion.model_source import as_folder
@@ -17,7 +19,9 @@ from tasks.recipe.recipe import Recipe
 from tasks.stages.base import StageResult
 from tasks.stages.data import GATES, LOAD
 from tasks.stages.models import IMPORT
+from tasks.stages.planned_denoiser_run import PlannedDenoiserRun
 from tasks.stages.planned_run import PlannedRun
+from tasks.stages.prepare_denoiser import check_captions
 from tasks.store.facts import ImportFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 from tasks.tracking.tracker import Tracker
@@ -55,12 +59,35 @@ def read_planned_run(recipe: Recipe, stages: Mapping[str, StageResult]) -> Plann
 
 
 def _of_denoiser(recipe: Recipe, stages: Mapping[str, StageResult]) -> PlannedRun:
-    """Without shape and tokenizer, since nothing of a diffusion model's work is estimated."""
+    """Without shape and tokenizer; the network is counted without its weights."""
     kind = facts_of(stages[LOAD.name].manifest, LoadFacts).kind
     gated = _rows(stages, GATES[kind].name, LOAD.name)
     if gated is None:
         gated = _sound(split_table(load(recipe.data), recipe.data))
-    return PlannedRun(recipe, None, "is a diffusion model", None, kind, gated)  # type: ignore[arg-type]
+    made = recipe.diffusion_sft
+    captioned = (made.made_scenes or 0) if made else 0
+    if made and made.captions:
+        captioned = pq.read_metadata(check_captions(made.captions)).num_rows
+    base = stages[IMPORT.name].manifest
+    return PlannedDenoiserRun(
+        recipe,
+        config=None,
+        layout="is a diffusion model",
+        tokenise=None,  # type: ignore[arg-type]
+        kind=kind,
+        gated=gated,
+        sampled=_rows(stages, GATES["pairs"].name) if kind == "prompts" else None,
+        image_flops=image_flops(_denoiser(recipe) if base.planned else base.path),
+        captioned=captioned,
+    )
+
+
+def _denoiser(recipe: Recipe) -> Path | DenoiserConfig:
+    """The folder of a diffusion model that is not imported yet, or the settings of a new one."""
+    if recipe.model.denoiser is not None:
+        return recipe.model.denoiser
+    workspace = Path(recipe.workspace)
+    return locate(as_folder(recipe.model, workspace, Tracker(recipe.tracking, workspace))[0])
 
 
 def _rows(stages: Mapping[str, StageResult], *names: str) -> pd.DataFrame | None:

@@ -45,7 +45,7 @@ def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
 
 def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     config = run.recipe.pairs
-    return run.sampling_work(None, config.sampling.max_new_tokens, config.samples_per_prompt)
+    return run.sampling_work(None, config.sampling, config.samples_per_prompt)
 
 
 SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _estimate, overhead=4.0, job="shared")

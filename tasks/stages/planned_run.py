@@ -14,6 +14,7 @@ import pandas as pd
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.estimates.estimate import CAPPED, EstimatedWork, Examples, Inputs, read, unknown
 from dpo_core.examples.unpaired import unpaired_examples
+from dpo_core.generation.config import SamplingConfig
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document
 from tasks.recipe.policies import PolicyFields
@@ -103,8 +104,7 @@ class PlannedRun:
     def _unsampled_pairs(self, side: str) -> Examples:
         config = self.recipe.pairs
         prompts, count = self.prompts(side, config.sampling.max_new_tokens)
-        samples = config.samples_per_prompt
-        each = samples * (samples - 1) // 2 if config.pairing == "all" else 1
+        each = config.most_pairs
         documents = [Document(p, (unknown(config.sampling.max_new_tokens),) * 2) for p in prompts]
         note = f"pairs are not sampled yet: at most {each} per prompt, each answer of maximum length"
         return Examples(documents, count * each, note)
@@ -121,8 +121,11 @@ class PlannedRun:
         kept = [ids for ids in prompts if ids]
         return kept, _usable(rows, len(kept))
 
-    def sampling_work(self, side: str | None, new: int, each: int, most: int | None = None) -> EstimatedWork:
-        """The work of sampling `each` completions of `new` tokens for all prompts of a side, or `most`."""
+    def sampling_work(
+        self, side: str | None, sampling: SamplingConfig, each: int, most: int | None = None
+    ) -> EstimatedWork:
+        """The work of sampling `each` completions for all prompts of a side, or `most`."""
+        new = sampling.max_new_tokens
         prompts, count = self.prompts(side, new, distinct=most is not None)
         count = min(count, most or count) * each
         lengths = [len(p) for p in prompts]
@@ -135,8 +138,8 @@ class PlannedRun:
 
         Each model samples and scores its samples, and the reference scores them too.
         """
-        config, new = self.recipe.evaluate, self.recipe.evaluate.sampling.max_new_tokens
-        sampling = self.sampling_work("eval", new, config.samples_per_prompt, config.prompts)
+        config = self.recipe.evaluate
+        sampling = self.sampling_work("eval", config.sampling, config.samples_per_prompt, config.prompts)
         tokens, reading = read(self.shape, self.pairs["eval"].limited(config.pairs))
         again = sampling.tokens * cost.forward(self.shape, 1, 0, 0)
         return replace(

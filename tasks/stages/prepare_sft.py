@@ -15,6 +15,7 @@ from dpo_core.estimates import estimate
 from dpo_core.estimates.by_method import estimate_training
 from dpo_core.images.prompts import captioned_scenes
 from dpo_core.images.scenes import codes_of
+from dpo_core.methods.diffusion_sft import METHOD as DIFFUSION
 from dpo_core.methods.sft import METHOD, SftConfig
 from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
@@ -28,6 +29,8 @@ from tasks.store.manifest import Manifest
 
 def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     config, recipe = run.recipe.sft, run.recipe
+    if recipe.diffusion_sft is not None:
+        return estimate_training(DIFFUSION.name, recipe.diffusion_sft, run.inputs())
     count = config.made_scenes
     if config.reads_answers:
         rows = chosen_answers(run.gated, run.kind)

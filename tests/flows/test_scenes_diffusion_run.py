@@ -19,7 +19,7 @@ PAIRS = {
 }  # fmt: skip
 RECIPE: dict[str, Any] = {
     "name": "tiny-diffusion",
-    "model": {"denoiser": {"channels": [8]}},
+    "model": {"denoiser": {"layers": 1, "width": 16, "heads": 2}},
     "data": {"solid_scenes": True},
     "diffusion_sft": {
         "made_scenes": 32, "text_encoder": True, "batch_size": 8, "micro_batch_size": 8, "max_steps": 4,
@@ -46,7 +46,7 @@ def test_a_diffusion_model_is_made_aligned_measured_and_shown(tmp_path: Path) ->
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"workspace": str(tmp_path / "runs")}))
     bench = Bench(tmp_path)
     planned = bench.dpo("plan", str(bench.recipe))
-    assert "draws (?) is not estimated" in planned.stdout, planned.stderr
+    assert "memory of diffusion models is not estimated" in planned.stdout, planned.stderr
     report = bench.run()
     rows = {row["name"]: row for row in report["evaluation"]["policies"]}
     assert rows.keys() == {"SFT", *RECIPE["policies"]}

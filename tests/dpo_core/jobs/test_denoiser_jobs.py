@@ -51,7 +51,7 @@ SAMPLING = SamplingConfig(denoising_steps=2, guidance=2.0, batch_size=5)
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new model of solid scenes, imported."""
     folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig(denoiser=DenoiserConfig(channels=(8,)))
+    config = ModelConfig(denoiser=DenoiserConfig(layers=1, width=16, heads=2))
     job = ImportJob(work=str(folder), model=config, out=str(folder / "out"), longest=64, precision="fp32")
     assert import_model(job, SingleRank())["layout"] == "images"
     return folder / "out"

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from dpo_core import job as main
-from dpo_core.images.prompts import scene
-from dpo_core.images.records import Thing, requirements
+from dpo_core.images.records import requirements
 from dpo_core.images.scenes import detect, draw
-from dpo_core.images.solid import SOLID_TAGS, captioned, graded, prompts
+from dpo_core.images.solid import SOLID_TAGS, captioned, graded, prompts, solid_scene
 from dpo_core.methods.diffusion_sft import DiffusionSftConfig
 from dpo_core.methods.job import Job
+from dpo_core.models.config import DenoiserConfig
 from dpo_core.models.denoiser import load_denoiser
 from dpo_core.models.scene_denoiser import make_scene_denoiser
 from dpo_core.trainers.diffusion_sft import build
@@ -47,8 +47,7 @@ def test_the_share_of_wrong_captions_is_seen_by_the_detector():
 def test_the_graded_score_falls_with_noise_where_the_detector_sees_nothing_any_more():
     rng = random.Random(0)
     record = next(r for r in prompts(True) if r.tag == "color_attr")
-    things = [Thing(t.name, t.color, "solid", t.box) for t in scene(record, rng)]
-    clean = draw(things)
+    clean = draw(solid_scene(record, rng))
     noise = np.random.default_rng(0).normal(0, 1, clean.shape)
     images = np.stack([np.clip(clean + size * noise, 0, 255).astype(np.uint8) for size in (0, 40, 120)])
     scores = graded([record] * 3, images)
@@ -82,7 +81,7 @@ def sft(folder: Path, made: Path) -> tuple[Any, Any]:
 def test_training_from_nothing_resumes_exactly_and_writes_the_averages(alone, tmp_path):
     made = tmp_path / "made"
     assert run_job(made, kind="scene-captions", count=32)["images"] == 32
-    make_scene_denoiser(made / "model", (8,), seed=0)
+    make_scene_denoiser(made / "model", DenoiserConfig(layers=1, width=16, heads=2))
     start_distributed(DiffusionSftConfig(engine=ENGINE).engine)
     straight, _ = sft(tmp_path / "straight", made)
     straight.train()

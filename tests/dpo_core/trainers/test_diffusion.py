@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.estimates.by_method import estimate_training
+from dpo_core.estimates.estimate import Examples, Inputs
 from dpo_core.methods.diffusion import DiffusionConfig
 from dpo_core.methods.job import Job
 from dpo_core.models.denoiser import load_denoiser, predict
+from dpo_core.models.denoiser_flops import image_flops
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
 from dpo_core.trainers.denoising_errors import Draws, reference_errors
@@ -367,3 +370,22 @@ def test_metrics_are_plain_numbers(alone, pixels, tmp_path):
     (line,) = curve(tmp_path)
     assert {"error/chosen", "error/rejected", "rewards/margins", "kl", "loss"} <= line.keys()
     assert json.loads(json.dumps(line)) == line
+
+
+@pytest.mark.parametrize("changes", [{}, {"objective": "kto"}, {"reference_errors": "live"}])
+def test_a_plan_counts_the_operations_that_the_training_counts(alone, pixels, tmp_path, changes):
+    trainer, _ = job_trainer(tmp_path, pixels, max_steps=5, **changes)
+    inputs = Inputs(
+        shape=None, examples=lambda data, limit=None: Examples([], len(ROWS)), packed=False, seed=0,
+        new_tokens=0, learned_reward=False, image_flops=image_flops(pixels),
+    )  # fmt: skip
+    steps = range(trainer.total_steps)
+    counted = sum(trainer.flops(trainer.batches.of_step(step)) for step in steps)
+    before = 2 * len(ROWS) * trainer.draws.count * trainer.forward_flops if trainer.live is None else 0
+    assert estimate_training("diffusion", trainer.config, inputs).flops == counted + before > 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow"])
+def test_a_network_is_counted_without_its_weights(alone, folders, tmp_path, kind):
+    trainer, _ = job_trainer(tmp_path, folders[kind])
+    assert image_flops(folders[kind]) == trainer.forward_flops
