@@ -4,8 +4,8 @@
 
 RUN is the folder of a finished run of `scenes-diffusion`, POLICY one of its policies (DPO). Its reference is
 aligned again on its pairs with the policy's settings, as kl_plus with c = 0 (DPO), 1/2 and 1, with three
-seeds. On the way the policies draw the prompts of the suite from the same noise as the reference. xDPO (Electronics
-14(15):2939), whose loss is not public, claims 1.5 times the training efficiency of Diffusion-DPO.
+seeds. On the way the policies draw the prompts of the suite from the same noise as the reference. xDPO
+(Electronics 14(15):2939), whose loss is not public, claims 1.5 times the training efficiency of DPO.
 """
 
 import json
@@ -51,7 +51,7 @@ Curve = NDArray[np.float64]
 
 
 def steps_to(target: float, gain_S: NDArray[np.float64], steps: Sequence[int]) -> float | None:
-    """The step at which the line from (0, 0) through the points first reaches the target; None: it does not."""
+    """The step at which the line from (0, 0) through the points first reaches the target, if it does."""
     points = [(0.0, 0.0), *zip(map(float, steps), gain_S.tolist(), strict=True)]
     for (before, low), (after, high) in pairwise(points):
         if high >= target > low:
