@@ -18,7 +18,7 @@ _WIDTH = 64
 _PATCH = 2
 """Blocks of pixels on a side of a token: an object begins at a token's corner."""
 _STEPS = 1000
-_FIRST_LEVEL, _LAST_LEVEL = 0.35, 0.9995
+_FIRST_LEVEL, _LAST_LEVEL = 0.5, 0.9995
 """Shares of noise."""
 
 
@@ -93,8 +93,8 @@ def _parts(config: DenoiserConfig) -> dict[str, Any]:
 def _betas() -> list[float]:
     """Of noise levels at equal angles: level = sin, and image = cos.
 
-    The first level is not near 0. Below it there is nothing to learn, because the images have few colours,
-    and a small error of the image would count as a large one of the noise.
+    The first level is not near 0. Below it an image can be told from its noise, so that there is nothing to
+    learn, and the smallest error of a policy would count as a large one beside the reference's.
     """
     angles = torch.linspace(math.asin(_FIRST_LEVEL), math.asin(_LAST_LEVEL), _STEPS, dtype=torch.float64)
     alphas = angles.cos() ** 2

@@ -155,7 +155,7 @@ class DiffusionTrainer(Trainer[ImageExample]):
         total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
             for first in range(0, len(own), self.dpo.micro_batch_size):
-                policy_B, ref_B, _ = self.surrogates(own[first : first + self.dpo.micro_batch_size])
+                policy_B, ref_B = self.surrogates(own[first : first + self.dpo.micro_batch_size])
                 total += (policy_B - ref_B).sum().cpu()
         total = self.engine.all_sum(total)
         self.kl = z0(total, len(batch))
@@ -163,8 +163,8 @@ class DiffusionTrainer(Trainer[ImageExample]):
         self.seen += len(batch)
         self.baseline = torch.tensor(self.rewards / self.seen, device=self.engine.device)
 
-    def surrogates(self, batch: Sequence[ImageExample]) -> tuple[Tensor, Tensor, Tensor]:
-        """What takes the place of log-probs, -½·kappa·error, and policy / reference error; each (S,).
+    def surrogates(self, batch: Sequence[ImageExample]) -> tuple[Tensor, Tensor]:
+        """What takes the place of the log-probs of policy and reference, -½·kappa·error; each (S,).
 
         In fp64: their difference is small.
         """
@@ -172,7 +172,7 @@ class DiffusionTrainer(Trainer[ImageExample]):
             policy_S = self.draws.errors(self.module, batch, self.number).double()
         ref_S = self._reference_of(batch).to(policy_S)
         half = -0.5 * self.dpo.kappa
-        return half * policy_S, half * ref_S, policy_S.detach() / ref_S.clamp(min=1e-12)
+        return half * policy_S, half * ref_S
 
     @torch.no_grad()
     def _reference_of(self, batch: Sequence[ImageExample]) -> Tensor:
@@ -182,22 +182,36 @@ class DiffusionTrainer(Trainer[ImageExample]):
             return self.draws.errors(self.live, batch, self.number)
 
     def losses(self, batch: Sequence[ImageExample]) -> tuple[Tensor, dict[str, Tensor]]:
-        policy_S, ref_S, error_S = self.surrogates(batch)
+        policy_S, ref_S = self.surrogates(batch)
+        errors = {"error": policy_S.detach(), "reference": ref_S}
         ones_B = torch.ones(len(batch), device=policy_S.device)
         if self.dpo.on_pairs:
             logps = PairLogps(policy_S[0::2], policy_S[1::2], ref_S[0::2], ref_S[1::2], ones_B, ones_B)
             losses_B = combine([self.term], logps)
             numbers = pair_metrics(logps, self.scale)
-            numbers |= {"error/chosen": error_S[0::2], "error/rejected": error_S[1::2]}
+            numbers |= {f"{of}/chosen": error_S[0::2] for of, error_S in errors.items()}
+            numbers |= {f"{of}/rejected": error_S[1::2] for of, error_S in errors.items()}
         else:
             good_B = torch.tensor([e.desirable for e in batch], device=policy_S.device)
             single = UnpairedLogps(policy_S, ref_S, ones_B, good_B, kl=self.kl, baseline=self.baseline)
             losses_B = self.dpo.objective_entry.function(single, **self.term.parameters)
             numbers = unpaired_metrics(single, self.scale)
-            numbers |= {"error/chosen": error_S * good_B, "error/rejected": error_S * ~good_B}
+            numbers |= {f"{of}/chosen": error_S * good_B for of, error_S in errors.items()}
+            numbers |= {f"{of}/rejected": error_S * ~good_B for of, error_S in errors.items()}
         return losses_B.sum(), {name: value.sum() for name, value in numbers.items()}
 
     def _reduce(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
+        """With the policy's errors over the reference's.
+
+        They are a ratio of sums: at low noise the reference's error of one image can be almost 0.
+        """
+        values = self._means(sums, examples)
+        for side in ("chosen", "rejected"):
+            if f"error/{side}" in values:
+                values[f"error/{side}"] /= values.pop(f"reference/{side}")
+        return values
+
+    def _means(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
         if self.dpo.on_pairs:
             return super()._reduce(sums, examples)
         totals = super()._reduce(sums, 1)  # sums over the global batch
@@ -215,8 +229,8 @@ class DiffusionTrainer(Trainer[ImageExample]):
             return
         size, checked = self.dpo.micro_batch_size, checked_at_start(self.examples, self.dpo.check_rows)
         with torch.no_grad():
-            parts = [self.surrogates(checked[i : i + size])[2] for i in range(0, len(checked), size)]
-        gap = float((torch.cat(parts) - 1).abs().max())
+            parts = [self.surrogates(checked[i : i + size]) for i in range(0, len(checked), size)]
+        gap = float(torch.cat([policy_S / ref_S - 1 for policy_S, ref_S in parts]).abs().max())
         if not gap <= (1e-3 if self.config.engine.precision == "fp32" else 0.05):  # also refuses NaN
             raise StageFailed(
                 f"before the first step the errors of policy and reference differ by {gap:.2%}",

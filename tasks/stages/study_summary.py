@@ -69,7 +69,7 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
             policy.manifest,
             stages[MEASURE.name + policy.node.label].manifest,
             policy.needed,
-            _suite_values(stages, policy.node.label),
+            suite_values(stages, policy.node.label),
         )
         for policy in trained
     ]
@@ -82,7 +82,7 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
         reference_distinct_1=base.distinct_1,
         reference_distinct_2=base.distinct_2,
         reference_length=base.length,
-        suites=_suite_values(stages, f" {REFERENCE}"),
+        suites=suite_values(stages, f" {REFERENCE}"),
         best_of=best_of_n(rewards_PS, config.best_of) if config.best_of else [],
         points=points,
         kl_at=config.kl_at,
@@ -91,15 +91,20 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
     )
 
 
-def _suite_values(stages: Mapping[str, StageResult], label: str) -> dict[str, list[float]]:
-    """The first measure of each suite, which is its main one, item by item; empty without suites."""
+def suite_values(stages: Mapping[str, StageResult], label: str) -> dict[str, list[float]]:
+    """The measures to compare of each suite, item by item; empty without suites.
+
+    They are the first one, which is its main one, under the suite's name, and those of some items only, such
+    as the prompts with held-out content, under `SUITE/MEASURE`.
+    """
     result = stages.get(SUITES.name + label)
     if result is None:
         return {}
-    results = load_suites(result.manifest)
-    main = {r.suite: r.measures[0].name for r in results}
-    return {
-        # Some measures apply to some items only.
-        r.suite: [item.values[main[r.suite]] for item in r.items if main[r.suite] in item.values]
-        for r in results
-    }
+    values: dict[str, list[float]] = {}
+    for suite in load_suites(result.manifest):
+        main, *others = (measure.name for measure in suite.measures)
+        for name in (main, *others):
+            column = [item.values[name] for item in suite.items if name in item.values]
+            if name == main or 1 < len(column) < len(suite.items):
+                values[suite.suite if name == main else f"{suite.suite}/{name}"] = column
+    return values
