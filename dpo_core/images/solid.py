@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_core.images.prompts import TAGS, Content, records
 from dpo_core.images.records import Record, Thing
-from dpo_core.images.scenes import Pixels, best_fits, box_at, draw, kinds
+from dpo_core.images.scenes import STRICT, Pixels, best_fits, box_at, draw, kinds
 from dpo_core.system import digest_text
 
 CONTENT = Content(
@@ -69,13 +69,14 @@ def graded(asked: Sequence[Record], images_N: Pixels) -> list[float]:
     """How well each image shows what its record asks for, from 0 to 1: the mean fit of the wanted objects.
 
     Other than the detector it tells a bad image from a worse one, and it does not see what else is there.
+    Fits with which an object counts are all 1: such objects look alike, and noise would rank them.
     """
     fit_NK = best_fits(images_N)
     found = []
     for record, fit_K in zip(asked, fit_NK, strict=True):
         wanted = [
             max(
-                float(fit)
+                min(1.0, float(fit) / STRICT)
                 for fit, (name, color, texture) in zip(fit_K, kinds(), strict=True)
                 if name == w.name and texture == "solid" and color == (w.color or color)
             )

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed
-from dpo_core.images.rewards import KINDS, PREFIX, Kind, SceneReward
+from dpo_core.images.rewards import KINDS, PREFIX, REVISIONS, Kind, SceneReward
 from dpo_core.rewards.ensemble import is_ensemble, parts
 from dpo_core.rewards.http import HttpImageReward, HttpReward, is_url
 from dpo_core.system import digest_file, digest_text
@@ -193,8 +193,10 @@ def reward_identity(spec: str | None) -> str | None:
     """
     if spec and is_ensemble(spec):
         return " + ".join(f"{part.weight:g} * {reward_identity(part.source)}" for part in parts(spec))
-    if spec is None or spec == SentimentReward.name or is_url(spec) or scene_kind(spec):
+    if spec is None or spec == SentimentReward.name or is_url(spec):
         return spec
+    if kind := scene_kind(spec):
+        return spec + REVISIONS.get(kind, "")
     place = spec.rpartition(":")[0]
     if not place.endswith(".py"):
         module = importlib.util.find_spec(place)

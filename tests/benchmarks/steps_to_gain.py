@@ -43,7 +43,7 @@ from tasks.stages.data import GATES
 from tasks.stages.prepare_sft import SFT
 from tasks.store.store import Store
 
-STEPS = (10, 20, 30, 45, 60)
+STEPS = (10, 20, 30, 40)
 TERMS = (0.0, 0.5, 1.0)
 SEEDS = (0, 1, 2)
 Curve = NDArray[np.float64]
@@ -95,10 +95,8 @@ def hits(denoiser: Denoiser, asked: Sequence[Record], config: SuiteConfig) -> ND
     return right * np.array([category_weight(tags, record.tag) for record in asked])
 
 
-def gains(model: Path, data: Path, config: DiffusionConfig, suite: SuiteConfig, seed: int) -> Curve:
-    """(P, S) gains at each checkpoint of one training."""
-    asked = prompts(held_out=True)
-    reference = hits(load_denoiser(model), asked, suite)
+def scores(model: Path, data: Path, config: DiffusionConfig, suite: SuiteConfig, seed: int) -> Curve:
+    """(P, S) scores at each checkpoint of one training."""
     start_distributed(config.engine)
     columns = []
     with tempfile.TemporaryDirectory() as work:
@@ -111,9 +109,9 @@ def gains(model: Path, data: Path, config: DiffusionConfig, suite: SuiteConfig, 
             last = trainer.train()
             policy = load_denoiser(model)
             load_full_state(policy.network, trainer.engine.full_state())
-            columns.append(hits(policy, asked, suite) - reference)
+            columns.append(hits(policy, prompts(held_out=True), suite))
             errors = f"errors {last['error/chosen']:.2f} and {last['error/rejected']:.2f}"
-            print(f"  step {trainer.total_steps}: gain {columns[-1].mean():+.3f}, {errors}", flush=True)
+            print(f"  step {trainer.total_steps}: score {columns[-1].mean():.3f}, {errors}", flush=True)
     return np.stack(columns, axis=-1)
 
 
@@ -128,6 +126,9 @@ def main(folder: str, policy: str = "DPO") -> None:
     assert pairs is not None
     frame = pd.read_parquet(pairs.path / "data.parquet")
     settings = recipe.policies[policy].settings.model_dump(mode="json") | {"max_steps": STEPS[-1]}
+    suite = recipe.suites.settings
+    reference_P = hits(load_denoiser(model.path), prompts(held_out=True), suite)
+    print(f"the reference's score {reference_P.mean():.3f}", flush=True)
     curves: dict[float, Curve] = {}
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "pairs.parquet"
@@ -139,8 +140,8 @@ def main(folder: str, policy: str = "DPO") -> None:
             by_seed = []
             for seed in SEEDS:
                 print(f"c {c}, seed {seed}", flush=True)
-                by_seed.append(gains(model.path, data, config, recipe.suites.settings, seed))
-            curves[c] = np.mean(by_seed, axis=0)
+                by_seed.append(scores(model.path, data, config, suite, seed))
+            curves[c] = np.mean(by_seed, axis=0) - reference_P[:, None]
     for c, curve in curves.items():
         told = [f"{step}: {bootstrap_mean(curve[:, i])}" for i, step in enumerate(STEPS)]
         print(f"c {c}, gain by steps: {'; '.join(told)}")

@@ -83,5 +83,6 @@ SUITES = [
         packaged=PROMPT_FILE,
         run=run,
         read=read,
+        version=2,
     )
 ]
