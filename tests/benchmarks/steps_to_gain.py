@@ -126,6 +126,7 @@ def main(folder: str, policy: str = "DPO") -> None:
     assert pairs is not None
     frame = pd.read_parquet(pairs.path / "data.parquet")
     settings = recipe.policies[policy].settings.model_dump(mode="json") | {"max_steps": STEPS[-1]}
+    settings["engine"] |= {"processes": 1, "threads": None}
     suite = recipe.suites.settings
     reference_P = hits(load_denoiser(model.path), prompts(held_out=True), suite)
     print(f"the reference's score {reference_P.mean():.3f}", flush=True)
