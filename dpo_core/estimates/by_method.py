@@ -33,17 +33,18 @@ def _diffusion(config: DiffusionConfig, inputs: Inputs) -> EstimatedWork:
     trained = config.steps(count) * min(config.batch_size, count) * sides
     live = config.reference_errors == "live"
     passes = 3 + live + (not config.on_pairs) + config.engine.gradient_checkpointing
-    draws = min(config.draws, math.ceil(trained / max(1, count * sides)))
+    draws = min(config.draws, math.ceil(config.steps(count) * config.batch_size / max(1, count)))
     once = 0 if live else count * sides * draws
     return _of_images(config, (trained * passes + once) * inputs.image_flops, pairs.note)
 
 
 def _diffusion_sft(config: DiffusionSftConfig, inputs: Inputs) -> EstimatedWork:
-    """Without the text encoder, which is small."""
-    count = inputs.examples("demonstrations").count
+    """Without the text encoder."""
+    images = inputs.examples("demonstrations")
+    count = images.count
     trained = config.steps(count) * min(config.batch_size, count)
     passes = 3 + config.engine.gradient_checkpointing
-    return _of_images(config, trained * passes * inputs.image_flops, "")
+    return _of_images(config, trained * passes * inputs.image_flops, images.note)
 
 
 def _of_images(config: DiffusionConfig | DiffusionSftConfig, flops: float, note: str) -> EstimatedWork:

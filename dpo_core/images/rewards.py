@@ -15,7 +15,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 words: the share of its words that occur in the image; blind to whose colour it is, how many, and where.
 graded: the mean of binary and of how well the best windows fit solid objects of the record, which tells a bad
 image from a worse one."""
-REVISIONS: dict[Kind, str] = {"graded": " 2"}
+REVISIONS: dict[Kind, int] = {"graded": 2}
 """Raised when a kind gives other rewards, so that what was made by it is made again."""
 PREFIX = "scenes:"
 """Before a kind, in a recipe's reward."""

@@ -68,7 +68,7 @@ def prompts(held_out: bool) -> list[Record]:
 def graded(asked: Sequence[Record], images_N: Pixels) -> list[float]:
     """How well each image shows what its record asks for, from 0 to 1: the mean fit of the wanted objects.
 
-    Other than the detector it tells a bad image from a worse one, and it does not see what else is there.
+    Unlike the detector it tells a bad image from a worse one, and it does not see what else is there.
     Fits with which an object counts are all 1: such objects look alike, and noise would rank them.
     """
     fit_NK = best_fits(images_N)

@@ -49,7 +49,7 @@ class DenoiserConfig(Config):
     layers: int = Field(4, ge=1)
     """Layers of the transformer."""
     width: int = Field(128, ge=8)
-    """Width of its layers; a multiple of `heads`."""
+    """Width of its layers; a multiple of `heads` and of 4."""
     heads: int = Field(4, ge=1)
     """Attention heads."""
     seed: int = Field(0, ge=0)
@@ -57,8 +57,8 @@ class DenoiserConfig(Config):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "DenoiserConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads} and of 4")
         return self
 
 

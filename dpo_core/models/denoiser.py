@@ -174,16 +174,9 @@ def load_denoiser(folder: Path) -> Denoiser:
         ModelError: diffusers is not installed; or the folder is damaged, has pickled weights, or needs more
             than one text encoder or other inputs.
     """
-    try:
-        import diffusers  # noqa: PLC0415 - only where images are made
-    except ImportError as error:
-        raise ModelError("diffusion needs the package diffusers, which is not installed", IMAGES_EXTRA) from (
-            error
-        )
+    diffusers = require_diffusers()
     parts = _parts(folder)
     part, _ = network_of(folder)
-    if "text_encoder_2" in parts:
-        raise ModelError(f"{folder} has more than one text encoder", REMEDY)
     try:
         with quiet_transformers():
             import transformers  # noqa: PLC0415 - see transformers_lock
@@ -196,7 +189,7 @@ def load_denoiser(folder: Path) -> Denoiser:
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
         raise ModelError(f"the model in {folder} cannot be loaded: {first_line(error)}", REMEDY) from error
     network = loaded[part]
-    _check_inputs(network, folder)
+    check_inputs(network, folder)
     for name in (part, "text_encoder", "vae"):
         if name in loaded:
             disable_dropout(loaded[name].eval().requires_grad_(name == part))
@@ -216,13 +209,29 @@ def network_of(folder: Path) -> tuple[str, str]:
     """The subfolder of the network, and its class in diffusers.
 
     Raises:
-        ModelError: the folder lacks a part that every model has.
+        ModelError: the folder lacks a part that every model has, or has a second text encoder.
     """
     parts = _parts(folder)
     part = next((name for name in _NETWORKS if name in parts), None)
     if part is None or not {"scheduler", "tokenizer", "text_encoder"} <= parts.keys():
         raise ModelError(f"{folder} has no network, scheduler, tokenizer or text encoder", REMEDY)
+    if "text_encoder_2" in parts:
+        raise ModelError(f"{folder} has more than one text encoder", REMEDY)
     return part, parts[part][1]
+
+
+def require_diffusers() -> Any:
+    """The package.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    try:
+        import diffusers  # noqa: PLC0415 - only where images are made
+    except ImportError as error:
+        missing = "diffusion needs the package diffusers, which is not installed"
+        raise ModelError(missing, IMAGES_EXTRA) from error
+    return diffusers
 
 
 def predict(network: nn.Module, noised: Tensor, t_B: Tensor, text: Tensor) -> Tensor:
@@ -291,18 +300,13 @@ def _load(library: Any, kind: str, folder: Path) -> Any:
     return model
 
 
-def _check_inputs(network: Any, folder: Path) -> None:
-    config = network.config
-    other = [
-        name
-        for name in (
-            "addition_embed_type",
-            "class_embed_type",
-            "num_class_embeds",
-            "use_additional_conditions",
-        )
-        if config.get(name)
-    ]
+def check_inputs(network: Any, folder: Path) -> None:
+    """Refuse a network that reads more than images, levels and a prompt.
+
+    Raises:
+        ModelError: it does.
+    """
+    other = [name for name in _FURTHER_INPUTS if network.config.get(name)]
     names = inspect.signature(network.forward).parameters
     known = {"encoder_hidden_states", "timestep"} <= names.keys() and "pooled_projections" not in names
     if other or not known:

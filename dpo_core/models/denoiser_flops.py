@@ -1,17 +1,19 @@
 """Operations of a diffusion model's network, counted without its weights."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core.errors import ModelError
 from dpo_core.models.config import DenoiserConfig
-from dpo_core.models.denoiser import REMEDY, network_of, predict
+from dpo_core.models.denoiser import REMEDY, check_inputs, network_of, predict, require_diffusers
 from dpo_core.models.scene_denoiser import make_scene_denoiser
 from dpo_core.models.source import first_line
 from dpo_core.models.transformers_lock import quiet_transformers
@@ -26,24 +28,30 @@ def image_flops(model: Path | DenoiserConfig) -> float:
         model: a folder of diffusers, or the settings of a new model.
 
     Raises:
-        ModelError: the folder cannot be read.
+        ModelError: diffusers is not installed, or the folder is one that `load_denoiser` refuses.
     """
     if isinstance(model, DenoiserConfig):
         with TemporaryDirectory() as folder:
             make_scene_denoiser(Path(folder), model)
             return image_flops(Path(folder))
+    diffusers = require_diffusers()
     part, name = network_of(model)
-    import diffusers  # noqa: PLC0415 - only where images are made
-
     try:
-        kind = getattr(diffusers, name)
         text = json.loads((model / "text_encoder" / "config.json").read_bytes())
-        with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        kind = getattr(diffusers, name)
+        with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True):
             network = kind.from_config(kind.load_config(model / part)).eval()
-            with FlopCounterMode(display=False) as counter:
-                predict(network, *_inputs(network, text))
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+            check_inputs(network, model)
+            return count_flops(lambda: predict(network, *_inputs(network, text)))
+    except (OSError, ValueError, AttributeError, RuntimeError, TypeError, KeyError) as error:
         raise ModelError(f"the model in {model} cannot be read: {first_line(error)}", REMEDY) from error
+
+
+def count_flops(forward: Callable[[], Any]) -> float:
+    """Operations of a call, without gradient."""
+    # Of the fast kernels of attention on a CPU the counter knows nothing.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward()
     return float(counter.get_total_flops())
 
 

@@ -10,7 +10,7 @@ import torch
 from dpo_core.images import solid
 from dpo_core.images.scenes import CELL, CELLS
 from dpo_core.models.config import DenoiserConfig
-from dpo_core.models.denoiser import INDEX
+from dpo_core.models.denoiser import INDEX, require_diffusers
 from dpo_core.models.transformers_lock import quiet_transformers
 
 _LENGTH = 12  # the longest prompt has nine words, and begin and end
@@ -39,7 +39,6 @@ def make_scene_denoiser(folder: Path, config: DenoiserConfig) -> None:
 
 
 def _parts(config: DenoiserConfig) -> dict[str, Any]:
-    import diffusers  # noqa: PLC0415 - only where images are made
     from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: PLC0415 - see transformers_lock
     from transformers import (  # noqa: PLC0415 - see transformers_lock
         CLIPTextConfig,
@@ -47,6 +46,7 @@ def _parts(config: DenoiserConfig) -> dict[str, Any]:
         PreTrainedTokenizerFast,
     )
 
+    diffusers = require_diffusers()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     vocabulary = {word: i for i, word in enumerate([*special.values(), *solid.words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))

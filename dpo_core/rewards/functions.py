@@ -196,7 +196,7 @@ def reward_identity(spec: str | None) -> str | None:
     if spec is None or spec == SentimentReward.name or is_url(spec):
         return spec
     if kind := scene_kind(spec):
-        return spec + REVISIONS.get(kind, "")
+        return f"{spec} {REVISIONS[kind]}" if kind in REVISIONS else spec
     place = spec.rpartition(":")[0]
     if not place.endswith(".py"):
         module = importlib.util.find_spec(place)

@@ -49,7 +49,7 @@ class Point(Config):
     shared_cost: dict[str, float] = Field(default_factory=dict)
     """FLOPs of the stages that other policies share, by stage; part of `cost`."""
     suites: dict[str, list[float]] = Field(default_factory=dict, exclude_if=lambda suites: not suites)
-    """The main measure of each item of each suite, in the order of `Study.suites`."""
+    """The values of each item of each suite, in the order of `Study.suites`."""
 
 
 class BestOf(Config):

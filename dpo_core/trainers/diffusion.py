@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.errors import RecipeError, StageFailed
@@ -24,6 +23,7 @@ from dpo_core.images.files import read_bytes
 from dpo_core.methods.diffusion import DISPLACED_ERROR, DiffusionConfig
 from dpo_core.methods.job import Job
 from dpo_core.models.denoiser import Denoiser, load_denoiser
+from dpo_core.models.denoiser_flops import count_flops
 from dpo_core.models.lora import add_lora, merge_lora
 from dpo_core.models.source import weights_digest
 from dpo_core.objectives import (
@@ -118,9 +118,8 @@ class DiffusionTrainer(Trainer[ImageExample]):
     def prepare(self, module: nn.Module) -> None:
         if self.config.engine.gradient_checkpointing:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.draws.errors(module, self.examples[:1], 0)
-        self.forward_flops = counter.get_total_flops() / len(self.examples[0].latents_S)
+        flops = count_flops(lambda: self.draws.errors(module, self.examples[:1], 0))
+        self.forward_flops = flops / len(self.examples[0].latents_S)
 
     def length(self, example: ImageExample) -> int:
         return 1  # every image has the same size
@@ -208,7 +207,8 @@ class DiffusionTrainer(Trainer[ImageExample]):
         values = self._means(sums, examples)
         for side in ("chosen", "rejected"):
             if f"error/{side}" in values:
-                values[f"error/{side}"] /= values.pop(f"reference/{side}")
+                # Both are sums of -½·kappa·error.
+                values[f"error/{side}"] /= min(values.pop(f"reference/{side}"), -1e-12)
         return values
 
     def _means(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.methods.diffusion_sft import DiffusionSftConfig
 from dpo_core.methods.job import Job
 from dpo_core.models.denoiser import Denoiser, load_denoiser, predict, time_steps
+from dpo_core.models.denoiser_flops import count_flops
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.autocast import autocast
 from dpo_core.trainers.common import Export
@@ -62,9 +62,7 @@ class DiffusionSftTrainer(Trainer[CaptionedImage]):
     def prepare(self, module: nn.Module) -> None:
         if self.config.engine.gradient_checkpointing:
             self.denoiser.network.enable_gradient_checkpointing()  # type: ignore[operator]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.losses(self.examples[:1])
-        self.forward_flops = counter.get_total_flops()
+        self.forward_flops = count_flops(lambda: self.losses(self.examples[:1]))
 
     def length(self, example: CaptionedImage) -> int:
         return 1  # every image has the same size

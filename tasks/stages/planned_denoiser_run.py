@@ -34,7 +34,7 @@ class PlannedDenoiserRun(PlannedRun):
     def examples(self, data: str, limit: int | None = None) -> Examples:
         """The number of captioned images (`demonstrations`) or of pairs."""
         if data == "demonstrations":
-            return Examples([], self.captioned)
+            return Examples([], self.captioned, MEMORY)
         frame = self.gated if self.kind == "pairs" else self.sampled
         if frame is not None:
             return Examples([], int((frame["split"] == "train").sum()), MEMORY).limited(limit)
@@ -57,5 +57,6 @@ class PlannedDenoiserRun(PlannedRun):
 
     def _prompts(self, side: str | None, most: int | None) -> int:
         rows = self.gated if side is None else self.gated[self.gated["split"] == side]
-        count = len(rows.drop_duplicates(["prompt", "chat"]))
-        return min(count, most or count)
+        if most is None:
+            return len(rows)
+        return min(len(rows.drop_duplicates(["prompt", "chat"])), most)

@@ -18,6 +18,9 @@ from tasks.stages.training import TrainedPolicy
 from tasks.store.files import run_folder
 from tasks.tracking.mlflow_run import metric_keys
 
+_CONTENT = "held_out"
+"""The measure of prompts whose content no training prompt has, in suites that know it."""
+
 
 @run_task("summary")
 def summarise_study(
@@ -94,17 +97,18 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
 def suite_values(stages: Mapping[str, StageResult], label: str) -> dict[str, list[float]]:
     """The measures to compare of each suite, item by item; empty without suites.
 
-    They are the first one, which is its main one, under the suite's name, and those of some items only, such
-    as the prompts with held-out content, under `SUITE/MEASURE`.
+    They are the first one, which is its main one, under the suite's name, and that of held-out content under
+    `SUITE/held_out`.
     """
     result = stages.get(SUITES.name + label)
     if result is None:
         return {}
     values: dict[str, list[float]] = {}
     for suite in load_suites(result.manifest):
-        main, *others = (measure.name for measure in suite.measures)
-        for name in (main, *others):
+        main = suite.measures[0].name
+        for name, place in ((main, suite.suite), (_CONTENT, f"{suite.suite}/{_CONTENT}")):
+            # Some measures apply to some items only.
             column = [item.values[name] for item in suite.items if name in item.values]
-            if name == main or 1 < len(column) < len(suite.items):
-                values[suite.suite if name == main else f"{suite.suite}/{name}"] = column
+            if name == main or len(column) > 1:
+                values[place] = column
     return values

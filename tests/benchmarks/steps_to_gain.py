@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.steps_to_gain RUN [POLICY]
 
-RUN is the folder of a finished run of `scenes-diffusion`, POLICY one of its policies (DPO). Its reference is
-aligned again on its pairs with the policy's settings, as kl_plus with c = 0 (DPO), 1/2 and 1, with three
-seeds. On the way the policies draw the prompts of the suite from the same noise as the reference. xDPO
-(Electronics 14(15):2939), whose loss is not public, claims 1.5 times the training efficiency of DPO.
+RUN is the folder of a finished run of `scenes-diffusion` that has trained its reference, POLICY one of its
+policies (DPO). The reference is aligned again on the pairs with the policy's settings, as kl_plus with c = 0
+(DPO), 1/2 and 1, with three seeds. On the way the policies draw the prompts of the suite from the same noise
+as the reference. xDPO (Electronics 14(15):2939), whose loss is not public, claims 1.5 times the training
+efficiency of DPO.
 """
 
 import json

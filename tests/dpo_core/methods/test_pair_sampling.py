@@ -69,3 +69,10 @@ def test_every_candidate_is_a_pair_or_a_tie(rewards: list[float], gap: float, pa
 def test_a_pair_needs_two_samples() -> None:
     with pytest.raises(ValidationError):
         PairSamplingConfig(samples_per_prompt=1)
+
+
+def test_the_largest_number_of_pairs_of_a_prompt_is_never_passed() -> None:
+    samples = [ScoredSample(str(i), ended=True, reward=float(i)) for i in range(5)]
+    for changes in ({}, {"pairing": "extremes"}, {"pairing": "extremes", "pairs_per_prompt": 4}):
+        config = PairSamplingConfig.model_validate({"samples_per_prompt": 5} | changes)
+        assert len(pair_up(samples, config)[0]) == config.most_pairs

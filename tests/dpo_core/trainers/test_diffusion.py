@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import ModelError, RecipeError, StageFailed
 from dpo_core.estimates.by_method import estimate_training
 from dpo_core.estimates.estimate import Examples, Inputs
 from dpo_core.methods.diffusion import DiffusionConfig
@@ -389,3 +390,36 @@ def test_a_plan_counts_the_operations_that_the_training_counts(alone, pixels, tm
 def test_a_network_is_counted_without_its_weights(alone, folders, tmp_path, kind):
     trainer, _ = job_trainer(tmp_path, folders[kind])
     assert image_flops(folders[kind]) == trainer.forward_flops
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_policy_s_error_is_a_ratio_of_sums(objective, alone, pixels, tmp_path):
+    """An image whose error under the reference is almost 0 does not rule it."""
+    trainer, _ = job_trainer(tmp_path, pixels, objective=objective, check_rows=0)
+    trainer.begin_step(trainer.examples)
+    policy_S, ref_S = trainer.surrogates(trainer.examples)
+    ref_S = ref_S.clone()
+    ref_S[0] = -1e-6
+    trainer.surrogates = lambda batch: (policy_S, ref_S)
+    _, numbers = trainer.losses(trainer.examples)
+    reduced = trainer._reduce(numbers | {"loss": torch.zeros(())}, len(trainer.examples))
+    good = torch.tensor([i % 2 == 0 for i in range(len(ref_S))])
+    if objective == "kto":
+        good = torch.tensor([e.desirable for e in trainer.examples])
+    for side, mask in (("chosen", good), ("rejected", ~good)):
+        wanted = float(policy_S.detach()[mask].sum() / ref_S[mask].sum())
+        assert reduced[f"error/{side}"] == pytest.approx(wanted, rel=1e-5)
+    assert not [name for name in reduced if name.startswith("reference/")]
+
+
+def test_a_network_with_further_inputs_is_refused_before_it_is_counted(folders, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folders["epsilon"], model)
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(config | {"num_class_embeds": 4}))
+    with pytest.raises(ModelError, match="reads num_class_embeds"):
+        image_flops(model)
+    (model / "text_encoder" / "config.json").write_text("{}")
+    (model / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="cannot be read"):
+        image_flops(model)

@@ -28,8 +28,8 @@ def test_the_shipped_recipe_says_what_its_policies_learn() -> None:
     assert not recipe.fine_tunes
     assert recipe.unusual_parameters == [], "the scale of rewards is kappa, and beta 1 is usual"
     about = {name: policy.words for name, policy in describe_policies(recipe).items()}
-    assert about["DPO"] == "dpo; kappa 1"
-    assert about["kl_plus"] == "kl_plus, c 0.5; kappa 1"
+    assert about["DPO"] == "dpo; kappa 3"
+    assert about["kl_plus"] == "kl_plus, c 0.5; kappa 3"
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
