@@ -167,6 +167,8 @@ def _suites(summary: StudySummary) -> Section | None:
         "Each policy at the setting with the best reward on the study's own held-out prompts, which are not "
         "those of the suites. Intervals resample items and seeds."
     )
+    if any("/" in row.suite for row in summary.suites):
+        caption += " SUITE/held_out: its prompts whose content no training prompt has."
     columns = ["Score", "Gain over the reference", "Gain by seed", "Seeds"]
     return _section("suites", "Suites", caption, columns, lines)
 
