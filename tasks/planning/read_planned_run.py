@@ -41,19 +41,15 @@ def read_planned_run(recipe: Recipe, stages: Mapping[str, StageResult]) -> Plann
         return _of_denoiser(recipe, stages)
     model = ModelConfig(name=str(base.path), trust_remote_code=recipe.model.trust_remote_code)
     if base.planned:
-        workspace = Path(recipe.workspace)
-        model, _ = as_folder(recipe.model, workspace, Tracker(recipe.tracking, workspace))
+        model = _named(recipe)
     kind = facts_of(stages[LOAD.name].manifest, LoadFacts).kind
-    gated = _rows(stages, GATES[kind].name, LOAD.name)
-    if gated is None:
-        gated = _sound(split_table(load(recipe.data), recipe.data))
     return PlannedRun(
         recipe=recipe,
         config=read_config(model),
         layout=_layout(recipe, base, model),
         tokenise=Tokenise(load_tokenizer(locate(model)), recipe.tokens),
         kind=kind,
-        gated=gated,
+        gated=_gated(recipe, stages, kind),
         sampled=_rows(stages, GATES["pairs"].name) if kind == "prompts" else None,
     )
 
@@ -61,9 +57,6 @@ def read_planned_run(recipe: Recipe, stages: Mapping[str, StageResult]) -> Plann
 def _of_denoiser(recipe: Recipe, stages: Mapping[str, StageResult]) -> PlannedRun:
     """Without shape and tokenizer; the network is counted without its weights."""
     kind = facts_of(stages[LOAD.name].manifest, LoadFacts).kind
-    gated = _rows(stages, GATES[kind].name, LOAD.name)
-    if gated is None:
-        gated = _sound(split_table(load(recipe.data), recipe.data))
     made = recipe.diffusion_sft
     captioned = (made.made_scenes or 0) if made else 0
     if made and made.captions:
@@ -75,7 +68,7 @@ def _of_denoiser(recipe: Recipe, stages: Mapping[str, StageResult]) -> PlannedRu
         layout="is a diffusion model",
         tokenise=None,  # type: ignore[arg-type]
         kind=kind,
-        gated=gated,
+        gated=_gated(recipe, stages, kind),
         sampled=_rows(stages, GATES["pairs"].name) if kind == "prompts" else None,
         image_flops=image_flops(_denoiser(recipe) if base.planned else base.path),
         captioned=captioned,
@@ -86,8 +79,19 @@ def _denoiser(recipe: Recipe) -> Path | DenoiserConfig:
     """The folder of a diffusion model that is not imported yet, or the settings of a new one."""
     if recipe.model.denoiser is not None:
         return recipe.model.denoiser
+    return locate(_named(recipe))
+
+
+def _named(recipe: Recipe) -> ModelConfig:
+    """The recipe's model, with the folder of one that was trained here."""
     workspace = Path(recipe.workspace)
-    return locate(as_folder(recipe.model, workspace, Tracker(recipe.tracking, workspace))[0])
+    return as_folder(recipe.model, workspace, Tracker(recipe.tracking, workspace))[0]
+
+
+def _gated(recipe: Recipe, stages: Mapping[str, StageResult], kind: str) -> pd.DataFrame:
+    """The rows that the gate left; before it has run, those without a fault."""
+    rows = _rows(stages, GATES[kind].name, LOAD.name)
+    return _sound(split_table(load(recipe.data), recipe.data)) if rows is None else rows
 
 
 def _rows(stages: Mapping[str, StageResult], *names: str) -> pd.DataFrame | None:

@@ -7,7 +7,7 @@ from dpo_core.generation.config import SamplingConfig
 from tasks.recipe.policies import PolicyFields
 from tasks.stages.planned_run import PlannedRun
 
-MEMORY = "the memory of diffusion models is not estimated"
+_MEMORY = "the memory of diffusion models is not estimated"
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class PlannedDenoiserRun(PlannedRun):
     def examples(self, data: str, limit: int | None = None) -> Examples:
         """The number of captioned images (`demonstrations`) or of pairs."""
         if data == "demonstrations":
-            return Examples([], self.captioned, MEMORY)
+            return Examples([], self.captioned, _MEMORY)
         frame = self.gated if self.kind == "pairs" else self.sampled
         if frame is not None:
-            return Examples([], int((frame["split"] == "train").sum()), MEMORY).limited(limit)
+            return Examples([], int((frame["split"] == "train").sum()), _MEMORY).limited(limit)
         each = self.recipe.pairs.most_pairs
-        note = f"pairs are not sampled yet: at most {each} per prompt; {MEMORY}"
+        note = f"pairs are not sampled yet: at most {each} per prompt; {_MEMORY}"
         return Examples([], each * self._prompts("train", None), note).limited(limit)
 
     def sampling_work(

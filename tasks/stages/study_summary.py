@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dpo_core.evaluation.suites.scenes import HELD_OUT_CONTENT
 from dpo_core.study import Study, best_of_n
 from tasks.recipe.policies import REFERENCE
 from tasks.recipe.recipe import Recipe
@@ -17,9 +18,6 @@ from tasks.stages.summary import cost_of, run_info, stage_row
 from tasks.stages.training import TrainedPolicy
 from tasks.store.files import run_folder
 from tasks.tracking.mlflow_run import metric_keys
-
-_CONTENT = "held_out"
-"""The measure of prompts whose content no training prompt has, in suites that know it."""
 
 
 @run_task("summary")
@@ -104,9 +102,10 @@ def suite_values(stages: Mapping[str, StageResult], label: str) -> dict[str, lis
     if result is None:
         return {}
     values: dict[str, list[float]] = {}
+    held_out = HELD_OUT_CONTENT.name
     for suite in load_suites(result.manifest):
         main = suite.measures[0].name
-        for name, place in ((main, suite.suite), (_CONTENT, f"{suite.suite}/{_CONTENT}")):
+        for name, place in ((main, suite.suite), (held_out, f"{suite.suite}/{held_out}")):
             # Some measures apply to some items only.
             column = [item.values[name] for item in suite.items if name in item.values]
             if name == main or len(column) > 1:
